@@ -1,0 +1,340 @@
+"""The roles: what one part of the stack offers, so that another part can be built against it and swapped.
+
+[Note: Roles]
+A wheel other than ds-core imports this file under ``TYPE_CHECKING`` only; at run time it gets its collaborators
+as arguments and has a plain torch default for each. So every role is structural (:class:`typing.Protocol`):
+a class fits by having the right methods, not by inheriting. Calls go down, news comes up as return values.
+
+[Note: Plugins]
+An entry point in one of the groups of :data:`GROUPS` names a *plugin object*: ``role_version`` (compared with
+:data:`ROLE_VERSIONS`), ``config_type`` (a frozen dataclass, or None) and ``build(config, context)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+"""What may stand in a manifest or a scalar state: JSON values, so no pickle is ever needed."""
+
+ParamGroups: TypeAlias = "list[dict[str, Any]]"
+"""``torch.optim`` parameter groups: ``{"params": [...], "lr": ..., ...}``."""
+
+GROUPS = {
+    "ds.partitioner": "ds-zero",
+    "ds.store": "ds-offload",
+    "ds.pipeline": "ds-pipe",
+    "ds.collectives": "ds-comm",
+    "ds.optimizer": "ds-kernels",
+    "ds.attention": "ds-sparse-attn",
+    "ds.kernels": "ds-kernels",
+    "ds.monitor": "ds-core",
+}
+"""Entry-point groups, each with the wheel that ships the first plugin of it."""
+
+ROLE_VERSIONS = dict.fromkeys(GROUPS, 1)
+"""The version of each role that this ds-core speaks."""
+
+
+# Plugins #
+
+
+class Plugin(Protocol):
+    """What an entry point must name."""
+
+    @property
+    def role_version(self) -> int:
+        """Version of the role the plugin was written for."""
+
+    @property
+    def config_type(self) -> type | None:
+        """Frozen dataclass of the plugin's own settings, or None when it has none."""
+
+    def build(self, config: Any, context: BuildContext) -> Any:
+        """Return the object that plays the role."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BuildContext:
+    """What the composition root knows when it builds a plugin."""
+
+    device: torch.device
+    """Where parameters live."""
+    compute_dtype: torch.dtype | None = None
+    """Data type of forward and backward; None leaves the model's own."""
+    group: dist.ProcessGroup | None = None
+    """Ranks that share the work; None for a single process."""
+    kernels: KernelBackend | None = None
+    """Fused kernels, or None for the plugin's torch default."""
+    collectives: Collectives | None = None
+    """Communication, or None for the plugin's torch default."""
+
+
+# Communication #
+
+
+class Handle(Protocol):
+    """Something that was started and has to be waited for."""
+
+    def wait(self) -> None:
+        """Return when the result may be read and the inputs may be written."""
+
+
+class Collectives(Protocol):
+    """Communication of one group of ranks.
+
+    ``key`` names the buffer, the same on every rank; calls with different keys may be in flight together and
+    need not be issued in one order on all ranks.
+    """
+
+    @property
+    def rank(self) -> int:
+        """This process's index in the group."""
+
+    @property
+    def size(self) -> int:
+        """Number of ranks in the group."""
+
+    def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Handle:
+        """Fill ``out`` (1D, ``size * n``) with every rank's ``shard`` (1D, ``n``), in rank order."""
+
+    def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Handle:
+        """Sum slice ``rank`` of every rank's ``full`` (1D, ``size * n``) into ``out`` (1D, ``n``, may be wider)."""
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``[size, n]``: every rank's ``row`` (1D, ``n``), in rank order. Blocks; meant for small rows."""
+
+
+# State, as checkpoints see it #
+
+
+class Piece(Protocol):
+    """A flat interval of one tensor of the model or of its optimizer, as this rank holds it."""
+
+    @property
+    def name(self) -> str:
+        """Fully qualified name of the tensor in the model."""
+
+    @property
+    def role(self) -> str:
+        """``param``, ``buffer`` or the optimizer's own name of it (``exp_avg``, ...)."""
+
+    @property
+    def shape(self) -> torch.Size:
+        """Shape of the whole tensor."""
+
+    @property
+    def start(self) -> int:
+        """First element held, in the row-major flattened tensor."""
+
+    @property
+    def data(self) -> Tensor:
+        """The elements from ``start`` on, 1D: a view of live memory."""
+
+
+class PartState(Protocol):
+    """State of a partitioned model: this rank's pieces, and what is the same on all ranks."""
+
+    @property
+    def pieces(self) -> Sequence[Piece]:
+        """This rank's share; over all ranks every element of every tensor stands exactly once."""
+
+    @property
+    def shapes(self) -> Mapping[str, torch.Size]:
+        """Shape of every parameter and buffer of the whole model, by name."""
+
+    @property
+    def scalars(self) -> Mapping[str, Json]:
+        """Hyperparameters and counters."""
+
+
+class StateSource(Protocol):
+    """Where a part reads its state from: a verified checkpoint."""
+
+    @property
+    def roles(self) -> Sequence[str]:
+        """Roles present."""
+
+    @property
+    def scalars(self) -> Mapping[str, Json]:
+        """As :attr:`PartState.scalars` was when saved."""
+
+    def read(self, role: str, name: str, start: int, out: Tensor) -> None:
+        """Fill ``out`` (1D) with elements ``start ...`` of tensor ``name``, converting the data type if needed."""
+
+
+# Partitioning #
+
+
+class GradNorm(Protocol):
+    """The global norm of the mean gradient."""
+
+    @property
+    def value(self) -> float:
+        """L2 norm over all parameters of all ranks; not finite when any gradient is not."""
+
+    @property
+    def culprit(self) -> str | None:
+        """Name of the first parameter whose gradient is not finite."""
+
+
+class ShardUpdate(Protocol):
+    """One contiguous shard that an optimizer step rewrites."""
+
+    @property
+    def master(self) -> nn.Parameter:
+        """1D, the optimizer's parameter (float32 in mixed precision)."""
+
+    @property
+    def grad(self) -> Tensor:
+        """1D, same length: summed gradient, to be multiplied by ``scale``; may be overwritten."""
+
+    @property
+    def copy(self) -> Tensor | None:
+        """1D, same length: low-precision copy to refresh from the master, or None."""
+
+
+class OptimizerMaker(Protocol):
+    """Makes an elementwise optimizer over shards, and runs its step."""
+
+    def make(self, groups: ParamGroups) -> torch.optim.Optimizer:
+        """Return an optimizer over ``groups``, whose parameters are 1D shards."""
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float
+    ) -> Iterator[int]:
+        """Step once over all ``units``; yield each unit's index as soon as its new values stand."""
+
+
+class Sharded(Protocol):
+    """A model whose parameters, gradients and optimizer state are partitioned."""
+
+    @property
+    def module(self) -> nn.Module:
+        """The model; calling it is the forward pass, ``loss.backward()`` the backward pass."""
+
+    @property
+    def optimizer(self) -> torch.optim.Optimizer | None:
+        """The optimizer over the shards: read and set its ``param_groups``, do not call its ``step``."""
+
+    def set_sync(self, enabled: bool, /) -> None:
+        """Whether a backward pass sends its gradients; without, they add up locally."""
+
+    def unshard(self, part: nn.Module) -> None:
+        """Make the parameters below ``part`` whole on every rank. Paired with :meth:`reshard`."""
+
+    def reshard(self, part: nn.Module) -> None:
+        """Give back what :meth:`unshard` made whole."""
+
+    def reduce(self, part: nn.Module) -> None:
+        """Send the gradients below ``part`` now, without waiting for the end of the backward pass."""
+
+    def grad_norm(self) -> GradNorm:
+        """Norm of the mean gradient over all micro-batches since the last step. Communicates; all ranks call it."""
+
+    def step(self, scale: float | None = 1.0) -> None:
+        """Update with the mean gradient times ``scale``; None drops the gradients. All ranks call it."""
+
+    def state(self) -> PartState:
+        """Live views of all state, for a checkpoint."""
+
+    def load_state(self, source: StateSource, *, optimizer: bool = True) -> None:
+        """Replace all state; with ``optimizer=False`` only parameters and buffers."""
+
+
+class Partitioner(Protocol):
+    """Partitions a model over the ranks it was built for."""
+
+    def shard(self, model: nn.Module, maker: OptimizerMaker | None, groups: ParamGroups) -> Sharded:
+        """Partition ``model`` in place; ``groups`` say which parameters are trained, with which settings."""
+
+
+# Kernels #
+
+
+class ShardKernels(Protocol):
+    """The two kernels a partitioner profits from."""
+
+    def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
+        """Sum same-length 1D ``pieces`` in float32 along a binary tree over their order, into ``out``."""
+
+    def chunk_sumsq(self, x: Tensor, chunk: int) -> Tensor:
+        """Float64 sums of squares of the ``len(x) / chunk`` consecutive chunks of 1D ``x``."""
+
+
+class KernelBackend(ShardKernels, Protocol):
+    """One implementation of all kernels."""
+
+    @property
+    def name(self) -> str:
+        """As in the entry point."""
+
+    def unusable(self) -> str | None:
+        """Why this backend cannot run here, in one line; None when it can."""
+
+    def adamw(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        copy: Tensor | None,
+        hyper: AdamHyper,
+    ) -> None:
+        """One Adam or AdamW step, in place, in one pass over memory."""
+
+
+class AdamHyper(Protocol):
+    """Numbers of one Adam step."""
+
+    @property
+    def step(self) -> int:
+        """Index of this step, from 1."""
+
+    @property
+    def lr(self) -> float:
+        """Learning rate."""
+
+    @property
+    def beta1(self) -> float:
+        """Decay of the first moment."""
+
+    @property
+    def beta2(self) -> float:
+        """Decay of the second moment."""
+
+    @property
+    def eps(self) -> float:
+        """Added to the root of the second moment."""
+
+    @property
+    def weight_decay(self) -> float:
+        """Weight decay."""
+
+    @property
+    def decoupled(self) -> bool:
+        """True: AdamW's decay of the parameter; False: Adam's, added to the gradient."""
+
+    @property
+    def scale(self) -> float:
+        """Factor on the gradient: mean, loss scale and clipping in one number."""
+
+
+# Pipelines and monitors #
+
+
+class Monitor(Protocol):
+    """Where scalars go."""
+
+    def write(self, events: Mapping[str, float], step: int) -> None:
+        """Record ``events`` of optimizer step ``step``."""
+
+    def close(self) -> None:
+        """Flush and release."""
