@@ -74,6 +74,8 @@ class BuildContext:
     """Fused kernels, or None for the plugin's torch default."""
     collectives: Collectives | None = None
     """Communication, or None for the plugin's torch default."""
+    gradient_dtype: torch.dtype = torch.float32
+    """Data type in which summed gradients are kept until the step."""
 
 
 # Communication #
@@ -109,6 +111,9 @@ class Collectives(Protocol):
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """Return ``[size, n]``: every rank's ``row`` (1D, ``n``), in rank order. Blocks; meant for small rows."""
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with rank 0's. Blocks."""
 
 
 # State, as checkpoints see it #
@@ -200,16 +205,24 @@ class ShardUpdate(Protocol):
         """1D, same length: low-precision copy to refresh from the master, or None."""
 
 
+class UpdateRule(Protocol):
+    """How one optimizer step is run over shards."""
+
+    def __call__(
+        self, optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float, /
+    ) -> Iterator[int]:
+        """Step once over all ``units``; yield each unit's index as soon as its new values stand."""
+
+
 class OptimizerMaker(Protocol):
-    """Makes an elementwise optimizer over shards, and runs its step."""
+    """Makes an elementwise optimizer over shards."""
+
+    @property
+    def update(self) -> UpdateRule | None:
+        """One pass that scales, steps and refreshes copies; None: ``optimizer.step()``, in three passes."""
 
     def make(self, groups: ParamGroups) -> torch.optim.Optimizer:
         """Return an optimizer over ``groups``, whose parameters are 1D shards."""
-
-    def update(
-        self, optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float
-    ) -> Iterator[int]:
-        """Step once over all ``units``; yield each unit's index as soon as its new values stand."""
 
 
 class Sharded(Protocol):

@@ -1,0 +1,9 @@
+"""ZeRO 0, 1, 2, 3 through one mechanism: partitioned parameters, gradients and optimizer state."""
+
+from .api import Parts, shard
+from .config import Precision, ZeroConfig
+from .norm import GradNorm
+from .sharded import MemoryReport, Sharded
+from .state import PartState, Piece
+
+__all__ = ["GradNorm", "MemoryReport", "PartState", "Parts", "Piece", "Precision", "Sharded", "ZeroConfig", "shard"]

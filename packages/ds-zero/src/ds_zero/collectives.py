@@ -1,0 +1,175 @@
+"""Communication of one group of ranks, with sums in a fixed order.
+
+[Note: Ordered reduce-scatter]
+A backend's own reduce-scatter adds in an order that depends on the algorithm and the number of ranks. Here each
+rank receives every rank's slice as it is (an all-to-all: the same volume as a ring reduce-scatter, and on gloo
+faster), and adds the slices itself, in float32 along [Note: Summation tree].
+
+Memory: ``(size - 1) / size`` of the input while it is in flight. Volume per rank, sent and received: ``(size - 1) /
+size`` of the input, in the input's data type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from ds_core.protocols import Collectives, ShardKernels
+
+
+class Pending:
+    """Communication under way, and what is left to do when it has arrived."""
+
+    __slots__ = ("_finish", "_works")
+
+    def __init__(self, works: Sequence[dist.Work | None], finish: Callable[[], None] | None = None) -> None:
+        self._works = works
+        self._finish = finish
+
+    def wait(self) -> None:
+        """Return when the result may be read and the inputs may be written."""
+        for work in self._works:
+            if work is not None:
+                work.wait()
+        if self._finish is not None:
+            self._finish()
+
+
+DONE = Pending(())
+"""Nothing to wait for."""
+
+
+class LocalCollectives:
+    """A group of one rank: data moves only where input and output differ."""
+
+    rank = 0
+    size = 1
+
+    def __init__(self, kernels: ShardKernels) -> None:
+        self._kernels = kernels
+
+    def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
+        """Copy ``shard`` to ``out``."""
+        del key  # nothing can be confused
+        _place(out, shard)
+        return DONE
+
+    def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Pending:
+        """Convert ``full`` into ``out``."""
+        del key
+        _place(out, full)
+        return DONE
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``row`` as ``[1, n]``."""
+        return row.unsqueeze(0)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Keep ``tensor``."""
+
+
+class _Grouped:
+    """What the collectives of a real group share."""
+
+    def __init__(self, group: dist.ProcessGroup, kernels: ShardKernels) -> None:
+        self._group = group
+        self._kernels = kernels
+        self._scratch: list[Tensor] = []
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``[size, n]``: every rank's ``row``."""
+        rows = row.new_empty(self.size * row.numel())
+        dist.all_gather_into_tensor(rows, row, group=self._group)
+        return rows.view(self.size, -1)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with rank 0's."""
+        dist.broadcast(tensor, group=self._group, group_src=0)
+
+    def _borrow(self, like: Tensor, numel: int) -> Tensor:
+        """Return a 1D receive buffer; kept from call to call, since fresh memory costs page faults."""
+        for index, buffer in enumerate(self._scratch):
+            if buffer.dtype == like.dtype and buffer.numel() >= numel:
+                return self._scratch.pop(index)
+        return like.new_empty(numel)
+
+    def _slices(self, flat: Tensor) -> list[Tensor]:
+        return list(flat.view(self.size, -1).unbind())
+
+    def _sum_then_return(self, out: Tensor, pieces: list[Tensor], scratch: Tensor) -> Callable[[], None]:
+        def finish() -> None:
+            self._kernels.tree_sum(out, pieces)
+            self._scratch.append(scratch)
+
+        return finish
+
+
+class PeerCollectives(_Grouped):
+    """Direct messages between each pair of ranks, for backends whose sends carry tags (gloo, MPI).
+
+    No slice is copied within a rank, and calls with different keys may be issued in different orders on
+    different ranks: messages are matched by tag.
+    """
+
+    def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
+        """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
+        slices = self._slices(out)
+        works = self._exchange([shard] * self.size, slices, tag=2 * key)
+        _place(slices[self.rank], shard)
+        return Pending(works)
+
+    def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Pending:
+        """Sum slice ``rank`` of every rank's ``full`` into ``out``; see [Note: Ordered reduce-scatter]."""
+        slices = self._slices(full)
+        numel = out.numel()
+        scratch = self._borrow(full, (self.size - 1) * numel)
+        received = list(scratch[: (self.size - 1) * numel].view(self.size - 1, numel).unbind())
+        received.insert(self.rank, slices[self.rank])
+        works = self._exchange(slices, received, tag=2 * key + 1)
+        return Pending(works, self._sum_then_return(out, received, scratch))
+
+    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int) -> list[dist.Work | None]:
+        works: list[dist.Work | None] = []
+        for distance in range(1, self.size):
+            src, dst = (self.rank - distance) % self.size, (self.rank + distance) % self.size
+            works.append(dist.irecv(incoming[src], group=self._group, group_src=src, tag=tag))
+            works.append(dist.isend(outgoing[dst], group=self._group, group_dst=dst, tag=tag))
+        return works
+
+
+class DenseCollectives(_Grouped):
+    """One collective operation per call, for backends without tagged messages (NCCL, threads, fake ranks)."""
+
+    def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
+        """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
+        del key  # these backends match calls by their order
+        return Pending((dist.all_gather_into_tensor(out, shard, group=self._group, async_op=True),))
+
+    def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Pending:
+        """Sum slice ``rank`` of every rank's ``full`` into ``out``; see [Note: Ordered reduce-scatter]."""
+        del key
+        scratch = self._borrow(full, full.numel())
+        received = scratch[: full.numel()]
+        work = dist.all_to_all_single(received, full, group=self._group, async_op=True)
+        return Pending((work,), self._sum_then_return(out, self._slices(received), scratch))
+
+
+def collectives_of(group: dist.ProcessGroup | None, kernels: ShardKernels) -> Collectives:
+    """Return the collectives that suit ``group``: its backend decides. None is a single process."""
+    if group is None or dist.get_world_size(group) == 1:
+        return LocalCollectives(kernels)
+    if dist.get_backend(group) in ("gloo", "mpi"):
+        return PeerCollectives(group, kernels)
+    return DenseCollectives(group, kernels)
+
+
+def _place(out: Tensor, source: Tensor) -> None:
+    if out.data_ptr() != source.data_ptr():
+        out.copy_(source)

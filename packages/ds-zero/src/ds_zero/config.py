@@ -1,0 +1,57 @@
+"""Settings of the partitioner."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroConfig:
+    """What is partitioned, and how strictly.
+
+    Field names follow the ``zero_optimization`` section of a DeepSpeed config where the meaning is the same.
+
+    Example:
+        >>> ZeroConfig(stage=3).stage
+        3
+    """
+
+    stage: int = 0
+    """0: nothing is partitioned; 1: optimizer state; 2: and gradients; 3: and parameters (ZeRO, Rajbhandari et
+    al., 2020). The default is DeepSpeed's."""
+
+    unit_classes: tuple[str, ...] = ()
+    """Class names of the modules whose parameters travel together. Empty: the children of ``ModuleList`` and
+    ``Sequential`` containers, which finds the blocks of the usual models."""
+
+    require_exact: bool = False
+    """Refuse a number of ranks on which the bits cannot equal those of one rank (any that is not a power of
+    two), instead of saying so once."""
+
+    def __post_init__(self) -> None:
+        if self.stage not in (0, 1, 2, 3):
+            raise ValueError(f"zero stage is one of 0, 1, 2, 3; got {self.stage!r}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Precision:
+    """Data types of training; the optimizer always works on float32.
+
+    Example:
+        >>> Precision(compute=torch.bfloat16).gradient
+        torch.float32
+    """
+
+    compute: torch.dtype | None = None
+    """Of parameters in forward and backward, and of gradients on the wire; None: the model's own."""
+
+    gradient: torch.dtype = torch.float32
+    """Of gradient sums until the step. Half the memory in bfloat16, at the price of rounding each partial sum,
+    which makes the result depend on the number of ranks."""
+
+    def __post_init__(self) -> None:
+        for name, dtype in (("compute", self.compute), ("gradient", self.gradient)):
+            if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+                raise ValueError(f"{name} data type is float32, bfloat16 or float16; got {dtype}")

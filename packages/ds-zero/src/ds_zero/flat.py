@@ -1,0 +1,214 @@
+"""One flat buffer: the parameters of one data type that communicate together.
+
+[Note: Buffers of a flat]
+=========  =====  =============  ==========================================================================
+name       shape  data type      what it is
+=========  =====  =============  ==========================================================================
+whole      [L]    compute        the parameters, as views, whenever they are whole; pooled memory if sharded
+shard      [S]    compute        this rank's interval of it; a view of ``whole`` if that is always there
+master     [S]    float32        what the optimizer updates; ``shard`` itself if that is float32 already
+                                 ([L] where optimizer state is replicated)
+leaf       [L]    compute        the gradient of one backward pass; pooled memory unless it is kept to the step
+reduced    [S]    gradient       sum over ranks and accumulation steps (see [Note: Summation tree]); this rank's
+                                 interval of ``leaf`` where placement and data types allow it
+                                 ([L], gathered before the step, where optimizer state is replicated)
+=========  =====  =============  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .collectives import DONE
+from .gradient import FlatGradient
+from .layout import Layout
+from .memory import StoragePool
+from .placement import Placement, Placements
+
+if TYPE_CHECKING:
+    from ds_core.protocols import Collectives, Handle
+
+
+class Resources(NamedTuple):
+    """What the flats of one model share."""
+
+    comm: Collectives
+    param_pool: StoragePool  # memory of whole parameters
+    grad_pool: StoragePool  # memory of leaves
+    placements: Placements
+    gradient_dtype: torch.dtype
+
+
+class Segment(NamedTuple):
+    """The part of one optimizer parameter group that lies in one flat, on this rank."""
+
+    group: int
+    start: int  # first element, in the coordinates of the layout
+    master: nn.Parameter  # 1D
+    copy: Tensor | None  # 1D, the compute parameters to refresh where they are not the master
+
+
+class Update(NamedTuple):
+    """A segment and its gradient; plays the role ``ShardUpdate``."""
+
+    master: nn.Parameter
+    grad: Tensor
+    copy: Tensor | None
+
+
+class Flat:
+    """See [Note: Buffers of a flat].
+
+    Construction takes the values of ``params`` over from rank 0 and makes them views of the buffer.
+
+    Args:
+        layout: Where each parameter stands.
+        params: The parameters, in the order of ``layout.slots``.
+        dtype: Data type of forward and backward.
+        trained: Whether the optimizer updates them; frozen parameters have neither gradient nor master.
+        key: Number that names the buffer in communication, the same on every rank.
+        shared: Communication, memory and placements.
+    """
+
+    def __init__(
+        self,
+        layout: Layout,
+        params: Sequence[nn.Parameter],
+        *,
+        dtype: torch.dtype,
+        trained: bool,
+        key: int,
+        shared: Resources,
+    ) -> None:
+        self.layout = layout
+        self.params = list(params)
+        self.own = layout.shard_of(shared.comm.rank)
+        self._key = key
+        self._shared = shared
+        self._sharded = shared.placements.param is Placement.SHARD
+        replicated = trained and shared.placements.state is Placement.REPLICATE
+        self.state_range = (0, layout.length) if replicated else self.own
+        values = self._take_values(torch.float32 if trained else dtype)
+        self._whole = values.to(dtype)  # 1D
+        self._whole_bytes = self._whole.nbytes
+        self.shard = self._whole[slice(*self.own)]  # 1D
+        if self._sharded:
+            self.shard = self.shard.clone()
+        self.master = self._make_master(values)  # 1D, over state_range
+        self.segments = self._make_segments() if trained else []
+        self._views = [self._whole[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
+        self._absent = [_absent(view) for view in self._views]
+        self.attach()
+        self.gradient = FlatGradient(layout, self.params, key=key, shared=shared) if trained else None
+        if self._sharded:
+            self.detach()
+            self._whole.untyped_storage().resize_(0)
+
+    # Parameters #
+
+    def begin_gather(self) -> Handle:
+        """Lease memory for the whole parameters and ask for the other ranks' shards."""
+        self._shared.param_pool.lease(self._whole.untyped_storage(), self._whole_bytes)
+        return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
+
+    def attach(self) -> None:
+        """Point the parameters at the whole buffer."""
+        for param, view in zip(self.params, self._views, strict=True):
+            param.data = view
+
+    def detach(self) -> None:
+        """Point the parameters at placeholders of the same shape, all NaN, that refuse to be written.
+
+        A parameter that is read while it is not whole so shows up as NaN, not as an access violation.
+        """
+        for param, absent in zip(self.params, self._absent, strict=True):
+            param.data = absent
+
+    def release(self) -> None:
+        """Give the memory of the whole parameters back; they must be detached."""
+        self._shared.param_pool.release(self._whole.untyped_storage())
+
+    # Optimizer step #
+
+    def updates(self) -> list[Update]:
+        """Return the segments with their reduced gradients."""
+        if self.gradient is None:
+            return []
+        grad, first = self.gradient.for_optimizer(), self.state_range[0]
+        updates = []
+        for segment in self.segments:
+            start = segment.start - first
+            updates.append(Update(segment.master, grad[start : start + segment.master.numel()], segment.copy))
+        return updates
+
+    def begin_refresh(self) -> Handle:
+        """Bring replicated parameters up to date after their shards were updated."""
+        if self._sharded or self._shared.placements.state is Placement.REPLICATE:
+            return DONE
+        return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
+
+    def load_master(self) -> Handle:
+        """Derive everything else from ``master``, which was written from outside."""
+        if self.shard.dtype != self.master.dtype:
+            first = self.own[0] - self.state_range[0]
+            self.shard.copy_(self.master[first : first + self.layout.shard_numel])
+        if self._sharded:
+            return DONE
+        # under replicated state each rank read the whole master, but only its shard was converted above
+        return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
+
+    # Properties #
+
+    @property
+    def whole(self) -> Tensor:
+        """1D, all elements; readable only while the parameters are whole."""
+        return self._whole
+
+    @property
+    def param_bytes(self) -> int:
+        """Bytes of compute parameters held from step to step, without pooled memory."""
+        return self.shard.nbytes if self._sharded else self._whole_bytes
+
+    @property
+    def master_bytes(self) -> int:
+        """Bytes of the master where it is not the compute parameters themselves."""
+        return 0 if self.master.dtype == self.shard.dtype else self.master.nbytes
+
+    # Construction #
+
+    def _take_values(self, dtype: torch.dtype) -> Tensor:
+        """Return the parameters' values, rank 0's on every rank, laid out flat."""
+        values = self.params[0].new_zeros(self.layout.length, dtype=dtype, requires_grad=False)
+        for slot, param in zip(self.layout.slots, self.params, strict=True):
+            values[slot.offset : slot.end].copy_(param.detach().reshape(-1))
+        self._shared.comm.broadcast(values)
+        return values
+
+    def _make_master(self, values: Tensor) -> Tensor:
+        """Return the tensor over ``state_range`` that holds the exact values of the parameters."""
+        if values.dtype == self._whole.dtype:
+            return self.shard if self.state_range == self.own else self._whole
+        return values[slice(*self.state_range)].clone()
+
+    def _make_segments(self) -> list[Segment]:
+        first, last = self.state_range
+        separate = self.master.dtype != self.shard.dtype
+        compute = self.shard if self.state_range == self.own else self._whole
+        segments = []
+        for group, (group_start, group_end) in sorted(self.layout.group_ranges().items()):
+            start, end = max(first, group_start), min(last, group_end)
+            if start < end:
+                part = slice(start - first, end - first)
+                master = nn.Parameter(self.master[part], requires_grad=True)
+                segments.append(Segment(group, start, master, compute[part] if separate else None))
+        return segments
+
+
+def _absent(view: Tensor) -> Tensor:
+    """Return a tensor like ``view`` that takes no memory, reads as NaN and cannot be written in place."""
+    poison = torch.nan if view.is_floating_point() else 0
+    return view.new_full((), poison).expand(view.shape)

@@ -1,0 +1,51 @@
+"""The entry point ``zero`` of group ``ds.partitioner``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from .api import Parts, shard
+from .config import Precision, ZeroConfig
+from .kernels import torch_update
+from .sharded import Sharded
+
+if TYPE_CHECKING:
+    from ds_core.protocols import BuildContext, OptimizerMaker, ParamGroups
+
+
+class ZeroPartitioner:
+    """Plays the role ``Partitioner``."""
+
+    def __init__(self, config: ZeroConfig, context: BuildContext) -> None:
+        self._config = config
+        self._context = context
+
+    def shard(self, model: nn.Module, maker: OptimizerMaker | None, groups: ParamGroups) -> Sharded:
+        """Partition ``model`` in place; see :func:`ds_zero.shard`."""
+        context = self._context
+        update = torch_update if maker is None or maker.update is None else maker.update
+        return shard(
+            model,
+            None if maker is None else maker.make,
+            config=self._config,
+            group=context.group,
+            param_groups=groups,
+            precision=Precision(compute=context.compute_dtype, gradient=context.gradient_dtype),
+            parts=Parts(update=update, kernels=context.kernels, collectives=context.collectives),
+        )
+
+
+class _Plugin:
+    """See [Note: Plugins] in ds-core."""
+
+    role_version = 1
+    config_type = ZeroConfig
+
+    def build(self, config: ZeroConfig, context: BuildContext) -> ZeroPartitioner:
+        """Return a partitioner for the ranks of ``context``."""
+        return ZeroPartitioner(config, context)
+
+
+zero = _Plugin()

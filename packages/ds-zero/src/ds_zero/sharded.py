@@ -1,0 +1,204 @@
+"""A partitioned model: its step, its state, and the verbs a pipeline needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import nn
+
+from . import state
+from .flat import Flat
+from .hooks import Hooks
+from .norm import GradNorm, grad_norm
+from .placement import Placement
+from .reducer import Reducer
+from .residency import Phase, Residency
+from .unit import Unit
+
+if TYPE_CHECKING:
+    from ds_core.protocols import ShardKernels, StateSource, UpdateRule
+
+    from .flat import Resources
+
+
+class MemoryReport(NamedTuple):
+    """Bytes on this rank."""
+
+    param: int  # parameters in the compute data type, held from step to step
+    grad: int  # gradients, likewise
+    state: int  # optimizer state, and float32 masters where parameters are not float32
+    transient: int  # most bytes ever held by whole parameters and leaves on top of that
+    peak_units: int  # most units whose sharded parameters were whole at once
+
+
+class Sharded:
+    """A model whose parameters, gradients and optimizer state are partitioned.
+
+    Made by :func:`ds_zero.shard`. Call ``module`` for the forward pass and ``loss.backward()`` for the backward
+    pass, once per micro-batch; then :meth:`step`.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        units: Sequence[Unit],
+        optimizer: torch.optim.Optimizer | None,
+        *,
+        update: UpdateRule,
+        kernels: ShardKernels,
+        shared: Resources,
+    ) -> None:
+        self.module = module
+        self.optimizer = optimizer
+        self._units = list(units)
+        self._flats = [flat for unit in units for flat in unit.flats]
+        self._trained = [flat for flat in self._flats if flat.gradient is not None]
+        self._update = update
+        self._kernels = kernels
+        self._shared = shared
+        self._sharded = shared.placements.param is Placement.SHARD
+        self._residency = Residency()
+        self._reducer = Reducer(units, self._end_pass)
+        self._norm: GradNorm | None = None  # of the gradients as they stand
+        hooks = Hooks(self._residency, self._reducer)
+        hooks.guard(module)
+        for unit in units:
+            hooks.install(unit, sharded=self._sharded)
+
+    # Training #
+
+    def set_sync(self, enabled: bool, /) -> None:  # noqa: FBT001 - the role's one argument says what it is
+        """Whether a backward pass sends its gradients.
+
+        Without, each rank adds its gradients up in ``param.grad``, whole and in the compute data type, and the next
+        pass that does send carries them along: fewer messages, more memory, and another order of additions than
+        [Note: Summation tree].
+        """
+        self._reducer.sync = enabled
+
+    def grad_norm(self) -> GradNorm:
+        """Return the norm of the mean gradient over all ranks and all micro-batches since the last step.
+
+        Communicates a few bytes per thousand gradient elements; all ranks call it.
+        """
+        if self._norm is None:
+            self._norm = grad_norm(self._trained, self._mean(), comm=self._shared.comm, kernels=self._kernels)
+        return self._norm
+
+    def step(self, scale: float | None = 1.0) -> None:
+        """Update the parameters with the mean gradient times ``scale``; all ranks call it.
+
+        Args:
+            scale: For clipping or a loss scale. None drops the gradients and updates nothing.
+
+        Raises:
+            RuntimeError: There is no gradient, or no optimizer.
+        """
+        if scale is not None:
+            self._apply(scale * self._mean())
+        self._reducer.reset()
+        self._norm = None
+        for flat in self._trained:
+            for param in flat.params:
+                param.grad = None  # of passes that did not send
+            if flat.gradient is not None:
+                flat.gradient.clear()
+
+    # Verbs of a pipeline #
+
+    def unshard(self, part: nn.Module) -> None:
+        """Make the parameters below ``part`` whole on every rank, until :meth:`reshard`."""
+        for unit in self._sharded_units_below(part):
+            self._residency.need(unit, Phase.FORWARD)
+
+    def reshard(self, part: nn.Module) -> None:
+        """Allow the parameters below ``part`` to be partitioned again."""
+        for unit in self._sharded_units_below(part):
+            self._residency.idle(unit)
+
+    def reduce(self, part: nn.Module) -> None:
+        """Send the gradients below ``part`` now, during a backward pass."""
+        for unit in self._units_below(part):
+            if unit.trained_params:
+                self._reducer.send(unit)
+
+    # State #
+
+    def state(self) -> state.PartState:
+        """Return live views of all state; see [Note: Pieces]."""
+        buffers = state.persistent_buffers(self.module)
+        pieces = [piece for flat in self._flats for piece in state.param_pieces(flat)]
+        pieces += state.buffer_pieces(buffers, self._shared.comm.rank)
+        scalars: dict[str, state.Json] = {"aliases": state.aliases(self.module)}
+        if self.optimizer is not None:
+            for flat in self._trained:
+                pieces += state.optimizer_pieces(flat, self.optimizer)
+            scalars["optimizer"] = state.optimizer_scalars(self._trained, self.optimizer)
+        shapes = {slot.name: slot.shape for flat in self._flats for slot in flat.layout.slots}
+        shapes |= {name: buffer.shape for name, buffer in buffers.items()}
+        return state.PartState(pieces, shapes, scalars)
+
+    def load_state(self, source: StateSource, *, optimizer: bool = True) -> None:
+        """Replace parameters and buffers, and with ``optimizer`` its state, by those of ``source``."""
+        with_optimizer = self.optimizer if optimizer else None
+        saved = source.scalars.get("optimizer")
+        if with_optimizer is not None:
+            state.check_optimizer(with_optimizer, saved)
+        self._residency.drop_all()
+        for flat in self._flats:
+            state.load_params(flat, source)
+            flat.load_master().wait()
+        state.load_buffers(state.persistent_buffers(self.module), source)
+        if with_optimizer is not None:
+            state.load_optimizer(self._trained, with_optimizer, source, saved)
+        self.step(None)
+
+    def gradients(self) -> Iterator[state.Piece]:
+        """Yield this rank's pieces of the gradient *sums* since the last step."""
+        for flat in self._trained:
+            yield from state.grad_pieces(flat)
+
+    def memory(self) -> MemoryReport:
+        """Return what this rank holds."""
+        held = [] if self.optimizer is None else self.optimizer.state.values()
+        tensors = [value for entry in held for value in entry.values() if torch.is_tensor(value)]
+        grads = [flat.gradient.nbytes for flat in self._trained if flat.gradient is not None]
+        return MemoryReport(
+            param=sum(flat.param_bytes for flat in self._flats),
+            grad=sum(grads),
+            state=sum(t.nbytes for t in tensors) + sum(flat.master_bytes for flat in self._trained),
+            transient=self._shared.param_pool.peak_bytes + self._shared.grad_pool.peak_bytes,
+            peak_units=self._residency.peak_units,
+        )
+
+    # Helpers #
+
+    def _apply(self, scale: float) -> None:
+        if self.optimizer is None:
+            raise RuntimeError("this model was sharded without an optimizer: there is nothing to step")
+        updates = [flat.updates() for flat in self._trained]
+        refreshes = [
+            self._trained[index].begin_refresh() for index in self._update(self.optimizer, updates, scale)
+        ]
+        for refresh in refreshes:
+            refresh.wait()
+        self._residency.drop_all()
+
+    def _mean(self) -> float:
+        num_micro_batches = self._reducer.num_passes * self._shared.comm.size
+        if num_micro_batches == 0:
+            raise RuntimeError("no backward pass since the last step: call loss.backward() first")
+        return 1.0 / num_micro_batches
+
+    def _end_pass(self) -> None:
+        self._residency.end_pass(Phase.BACKWARD)
+        self._norm = None
+
+    def _sharded_units_below(self, part: nn.Module) -> list[Unit]:
+        return self._units_below(part) if self._sharded else []
+
+    def _units_below(self, part: nn.Module) -> list[Unit]:
+        below = set(part.modules())
+        return [unit for unit in self._units if below.intersection(unit.modules)]
