@@ -62,19 +62,16 @@ class FlatGradient:
         if self._pooled:
             self._shared.grad_pool.lease(self._leaf.untyped_storage(), self._leaf_bytes)
             # the memory held another unit's gradient, and gaps count in sums and norms
-            torch._foreach_zero_(self._gaps)
+            for gap in self._gaps:
+                gap.zero_()
         else:
             self._sum.vacate()
-        grads, views = [], []
         for param, view in zip(self._params, self._views, strict=True):
             if param.grad is None:
                 view.zero_()
             else:
-                grads.append(param.grad)
-                views.append(view)
-        torch._foreach_copy_(views, grads)
-        for param in self._params:
-            param.grad = None
+                view.copy_(param.grad)
+                param.grad = None
         self._target = self._sum.target()
         return self._shared.comm.reduce_scatter(self._target, self._leaf, key=self._key)
 

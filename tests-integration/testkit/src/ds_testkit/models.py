@@ -34,16 +34,26 @@ class Transformer(nn.Module):
         vocab: Number of tokens.
         dim: Width.
         layers: Number of blocks.
+        heads: Attention heads.
+        context: Longest sequence.
         tied: Whether the head is the embedding.
         dropout: Probability.
     """
 
     def __init__(
-        self, vocab: int = 61, dim: int = 32, layers: int = 3, *, tied: bool = False, dropout: float = 0.0
+        self,
+        vocab: int = 61,
+        dim: int = 32,
+        layers: int = 3,
+        *,
+        heads: int = 4,
+        context: int = 64,
+        tied: bool = False,
+        dropout: float = 0.0,
     ) -> None:
         super().__init__()
-        self.tokens, self.positions = nn.Embedding(vocab, dim), nn.Embedding(64, dim)
-        self.blocks = nn.ModuleList([Block(dim, 4, dropout) for _ in range(layers)])
+        self.tokens, self.positions = nn.Embedding(vocab, dim), nn.Embedding(context, dim)
+        self.blocks = nn.ModuleList([Block(dim, heads, dropout) for _ in range(layers)])
         self.norm = nn.LayerNorm(dim)
         self.head = nn.Linear(dim, vocab, bias=False)
         if tied:
