@@ -39,7 +39,7 @@ def floor(work: Workload) -> Step:
 
 
 def ddp(work: Workload) -> Step:
-    """torch DistributedDataParallel, gradients as bucket views, fused AdamW."""
+    """Torch DistributedDataParallel, gradients as bucket views, fused AdamW."""
     return _plain(work, lambda model: nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True))
 
 
@@ -74,7 +74,7 @@ def _plain(work: Workload, wrap: Callable[[nn.Module], nn.Module]) -> Step:
 
 
 def fsdp2(work: Workload) -> Step:
-    """torch fully_shard, one group per block and one for the rest, fused AdamW."""
+    """Torch fully_shard, one group per block and one for the rest, fused AdamW."""
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     model, batches = work.model(), work.batches()

@@ -120,12 +120,14 @@ def header() -> str:
             versions.append(f"{package} {version(package)}")
         except Exception:  # a peer that is not installed is simply not in the table
             continue
-    cpu = next((x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), "")
+    cpu = next(
+        (x.split(":")[1].strip() for x in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in x), ""
+    )
     lines = [
         f"# Training step, {datetime.date.today().isoformat()}",
         "",
-        f"{', '.join(versions)}; Python {platform.python_version()}; {cpu}, {os.cpu_count()} cores, one thread per rank, "
-        "gloo over loopback.",
+        f"{', '.join(versions)}; Python {platform.python_version()}; {cpu}, {os.cpu_count()} cores, "
+        "one thread per rank, gloo over loopback.",
         "Interleaved: in each round every contender runs once, in random order; medians over all samples. "
         "Overhead is the median step minus the floor's (the same processes training without any synchronisation).",
         "",
@@ -174,5 +176,3 @@ def compare(options: argparse.Namespace, world: int, work: Workload) -> str:
         for process in contender._processes:
             process.kill()
     return text
-
-

@@ -8,7 +8,7 @@ from ds_testkit import RankPool
 from ds_testkit.models import micro_batch, seeded
 from torch import Tensor
 
-from .helpers import Run, assembled, assert_same_bits, train
+from .helpers import Run, assembled, assert_same_bits, make_optimizer, train
 
 pytestmark = pytest.mark.rung_c
 
@@ -50,7 +50,7 @@ def test_same_bits_as_a_plain_loop(ranks: RankPool, compute: torch.dtype) -> Non
 def _plain_loop(run: Run) -> dict[tuple[str, str], Tensor]:
     model = seeded()
     masters = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=1e-2, weight_decay=0.1)
+    optimizer = make_optimizer("AdamW")(masters.values())
     model.to(run.compute)
     for step in range(run.steps):
         leaves = []

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-Json: TypeAlias = "None | bool | int | float | str | Sequence[Json] | Mapping[str, Json]"
+Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """What may stand in a manifest or a scalar state: JSON values, so no pickle is ever needed."""
 
 ParamGroups: TypeAlias = "list[dict[str, Any]]"
@@ -236,7 +236,7 @@ class Sharded(Protocol):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer over the shards: read and set its ``param_groups``, do not call its ``step``."""
 
-    def set_sync(self, enabled: bool, /) -> None:
+    def set_sync(self, *, enabled: bool) -> None:
         """Whether a backward pass sends its gradients; without, they add up locally."""
 
     def unshard(self, part: nn.Module) -> None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -42,6 +41,8 @@ class Pending:
 
 DONE = Pending(())
 """Nothing to wait for."""
+
+_ROWS = 1 << 20  # key of gather_rows, apart from those of buffers
 
 
 class LocalCollectives:
@@ -82,12 +83,6 @@ class _Grouped:
         self._scratch: list[Tensor] = []
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
-
-    def gather_rows(self, row: Tensor) -> Tensor:
-        """Return ``[size, n]``: every rank's ``row``."""
-        rows = row.new_empty(self.size * row.numel())
-        dist.all_gather_into_tensor(rows, row, group=self._group)
-        return rows.view(self.size, -1)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
@@ -135,6 +130,12 @@ class PeerCollectives(_Grouped):
         works = self._exchange(slices, received, tag=2 * key + 1)
         return Pending(works, self._sum_then_return(out, received, scratch))
 
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``[size, n]``: every rank's ``row``."""
+        rows = row.new_empty(self.size, row.numel())
+        self.all_gather(rows.view(-1), row, key=_ROWS).wait()
+        return rows
+
     def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int) -> list[dist.Work | None]:
         works: list[dist.Work | None] = []
         for distance in range(1, self.size):
@@ -147,10 +148,21 @@ class PeerCollectives(_Grouped):
 class DenseCollectives(_Grouped):
     """One collective operation per call, for backends without tagged messages (NCCL, threads, fake ranks)."""
 
+    def __init__(self, group: dist.ProcessGroup, kernels: ShardKernels) -> None:
+        super().__init__(group, kernels)
+        # torch 2.13 renamed it, and warns of the old name
+        self._all_gather = vars(dist).get("all_gather_single", dist.all_gather_into_tensor)
+
     def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
         """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
         del key  # these backends match calls by their order
-        return Pending((dist.all_gather_into_tensor(out, shard, group=self._group, async_op=True),))
+        return Pending((self._all_gather(out, shard, group=self._group, async_op=True),))
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``[size, n]``: every rank's ``row``."""
+        rows = row.new_empty(self.size, row.numel())
+        self.all_gather(rows.view(-1), row, key=_ROWS).wait()
+        return rows
 
     def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Pending:
         """Sum slice ``rank`` of every rank's ``full`` into ``out``; see [Note: Ordered reduce-scatter]."""

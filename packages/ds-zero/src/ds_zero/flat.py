@@ -17,7 +17,7 @@ reduced    [S]    gradient       sum over ranks and accumulation steps (see [Not
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch

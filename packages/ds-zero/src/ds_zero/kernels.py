@@ -20,6 +20,8 @@ from .layout import LEAF
 if TYPE_CHECKING:
     from ds_core.protocols import ShardUpdate
 
+_SLICE = 1 << 16
+
 
 class TorchKernels:
     """Kernels from torch operations, for any device."""
@@ -51,7 +53,8 @@ class TorchKernels:
             >>> TorchKernels().chunk_sumsq(torch.full((128,), 2.0), 64)
             tensor([256., 256.], dtype=torch.float64)
         """
-        sums = x.double().square_().view(-1, LEAF).sum(dim=1)
+        # slices that stay in cache: a float64 copy of all of x would be written to memory and read again
+        sums = torch.cat([part.double().square_().view(-1, LEAF).sum(dim=1) for part in x.split(_SLICE)])
         while sums.numel() * chunk > x.numel():
             sums = sums[::2] + sums[1::2]
         return sums

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import torch
 
 
@@ -27,7 +25,7 @@ class StoragePool:
     """
 
     def __init__(self) -> None:
-        self._exchanges = "_swap_data_ptr_" in vars(torch.StorageBase) or "_swap_data_ptr_" in dir(torch.StorageBase)
+        self._exchanges = "_swap_data_ptr_" in dir(torch.UntypedStorage)
         self._free: list[torch.UntypedStorage] = []
         self._leased_bytes = 0
         self._peak_bytes = 0
@@ -77,4 +75,4 @@ class StoragePool:
 
 
 def _exchange(empty: torch.UntypedStorage, memory: torch.UntypedStorage) -> None:
-    cast("torch.StorageBase", empty)._swap_data_ptr_(memory)
+    empty._swap_data_ptr_(memory)  # type: ignore[attr-defined]  # torch's stubs lack it

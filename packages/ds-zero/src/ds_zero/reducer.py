@@ -49,7 +49,9 @@ class Reducer:
         """Note that a backward pass is running; called by every hook that can come first."""
         if not self._open:
             self._open = True
-            queue = cast("Callable[[Callable[[], None]], None]", torch.autograd.Variable._execution_engine.queue_callback)
+            queue = cast(
+                "Callable[[Callable[[], None]], None]", torch.autograd.Variable._execution_engine.queue_callback
+            )
             queue(self._end)
 
     def arrive(self, unit: Unit) -> bool:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import nn
 
 from . import state
-from .flat import Flat
 from .hooks import Hooks
 from .norm import GradNorm, grad_norm
 from .placement import Placement
@@ -18,9 +17,10 @@ from .residency import Phase, Residency
 from .unit import Unit
 
 if TYPE_CHECKING:
-    from ds_core.protocols import ShardKernels, StateSource, UpdateRule
+    from ds_core.protocols import Json, ShardKernels, StateSource, UpdateRule
 
     from .flat import Resources
+    from .state import Piece
 
 
 class MemoryReport(NamedTuple):
@@ -69,7 +69,7 @@ class Sharded:
 
     # Training #
 
-    def set_sync(self, enabled: bool, /) -> None:  # noqa: FBT001 - the role's one argument says what it is
+    def set_sync(self, *, enabled: bool) -> None:
         """Whether a backward pass sends its gradients.
 
         Without, each rank adds its gradients up in ``param.grad``, whole and in the compute data type, and the next
@@ -131,7 +131,7 @@ class Sharded:
         buffers = state.persistent_buffers(self.module)
         pieces = [piece for flat in self._flats for piece in state.param_pieces(flat)]
         pieces += state.buffer_pieces(buffers, self._shared.comm.rank)
-        scalars: dict[str, state.Json] = {"aliases": state.aliases(self.module)}
+        scalars: dict[str, Json] = {"aliases": state.aliases(self.module)}
         if self.optimizer is not None:
             for flat in self._trained:
                 pieces += state.optimizer_pieces(flat, self.optimizer)
@@ -143,7 +143,7 @@ class Sharded:
     def load_state(self, source: StateSource, *, optimizer: bool = True) -> None:
         """Replace parameters and buffers, and with ``optimizer`` its state, by those of ``source``."""
         with_optimizer = self.optimizer if optimizer else None
-        saved = source.scalars.get("optimizer")
+        saved = cast("Mapping[str, Any]", source.scalars.get("optimizer") or {})
         if with_optimizer is not None:
             state.check_optimizer(with_optimizer, saved)
         self._residency.drop_all()
@@ -155,7 +155,7 @@ class Sharded:
             state.load_optimizer(self._trained, with_optimizer, source, saved)
         self.step(None)
 
-    def gradients(self) -> Iterator[state.Piece]:
+    def gradients(self) -> Iterator[Piece]:
         """Yield this rank's pieces of the gradient *sums* since the last step."""
         for flat in self._trained:
             yield from state.grad_pieces(flat)
@@ -179,9 +179,7 @@ class Sharded:
         if self.optimizer is None:
             raise RuntimeError("this model was sharded without an optimizer: there is nothing to step")
         updates = [flat.updates() for flat in self._trained]
-        refreshes = [
-            self._trained[index].begin_refresh() for index in self._update(self.optimizer, updates, scale)
-        ]
+        refreshes = [self._trained[index].begin_refresh() for index in self._update(self.optimizer, updates, scale)]
         for refresh in refreshes:
             refresh.wait()
         self._residency.drop_all()

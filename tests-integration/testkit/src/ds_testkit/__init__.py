@@ -1,5 +1,5 @@
 """Shared machinery of the tests: ranks, small models, parity."""
 
-from .processes import Rank, RankPool, RankError
+from .processes import Rank, RankError, RankPool
 
 __all__ = ["Rank", "RankError", "RankPool"]

@@ -63,7 +63,8 @@ class Transformer(nn.Module):
         x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1]))
         for block in self.blocks:
             x = block(x)
-        logits = self.head(self.norm(x)).float()
+        logits = self.head(self.norm(x))
+        logits = logits if logits.dtype == torch.float64 else logits.float()
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
 
 
