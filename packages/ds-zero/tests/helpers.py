@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import ds_zero
 import torch
-from ds_testkit import Rank
+from ds_testkit import Rank, RankPool
 from ds_testkit.models import Transformer, micro_batch, seeded
 from torch import Tensor
 
@@ -99,3 +99,8 @@ def assert_same_bits(got: dict[tuple[str, str], Tensor], want: dict[tuple[str, s
     assert got.keys() == want.keys()
     different = [key for key in want if not torch.equal(got[key], want[key])]
     assert not different, f"not equal bit for bit: {different}"
+
+
+def assemble_run(ranks: RankPool, run: Run, size: int) -> dict[tuple[str, str], Tensor]:
+    """Train on ``size`` ranks and return the whole state."""
+    return assembled(result.pieces for result in ranks.run(train, run, size=size))

@@ -6,12 +6,11 @@ import math
 
 import pytest
 import torch
+from ds_zero.accumulate import TreeSum
+from ds_zero.kernels import TorchKernels
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
-
-from ds_zero.accumulate import TreeSum
-from ds_zero.kernels import TorchKernels
 
 CPU = torch.device("cpu")
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-
 from ds_zero.kernels import TorchKernels, tree_root
 from ds_zero.layout import LEAF
+from hypothesis import given
+from hypothesis import strategies as st
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

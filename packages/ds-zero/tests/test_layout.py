@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import torch
+from ds_zero.layout import LEAF, Layout, Spec, plan
 from hypothesis import given
 from hypothesis import strategies as st
-
-from ds_zero.layout import LEAF, Layout, Spec, plan
 
 shapes = st.lists(st.integers(0, 40), max_size=3).map(torch.Size)
 specs = st.lists(st.tuples(shapes, st.integers(0, 2)), min_size=1, max_size=12).map(

@@ -1,7 +1,26 @@
-"""Large-model training from a DeepSpeed configuration: the engine, and the parts it finds through entry points."""
+"""Large-model training from a DeepSpeed configuration: the engine, and the parts it finds through entry points.
 
-from .build import Training, initialize
-from .engine import Engine, StepOutcome
+Names are loaded when first used, so that ``import ds_core`` and the ``ds`` command cost no ``import torch``.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .build import Training, initialize
+    from .engine import Engine, StepOutcome
 
 __version__ = "0.1.0"
 __all__ = ["Engine", "StepOutcome", "Training", "initialize"]
+
+_HOMES = {"Engine": ".engine", "StepOutcome": ".engine", "Training": ".build", "initialize": ".build"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}; it has {', '.join(__all__)}")
+    return vars(import_module(_HOMES[name], __name__))[name]
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]

@@ -102,6 +102,7 @@ class Flat:
         self.segments = self._make_segments() if trained else []
         self._views = [self._whole[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
         self._absent = [_absent(view) for view in self._views]
+        self._versions: list[int] = []  # of the parameters when they were detached
         self.attach()
         self.gradient = FlatGradient(layout, self.params, key=key, shared=shared) if trained else None
         if self._sharded:
@@ -116,17 +117,29 @@ class Flat:
         return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
 
     def attach(self) -> None:
-        """Point the parameters at the whole buffer."""
+        """Point the parameters at the whole buffer.
+
+        Raises:
+            RuntimeError: A parameter was written in place while it was not whole, and the values would be lost.
+        """
+        for slot, param, version in zip(self.layout.slots, self.params, self._versions):
+            if param._version != version:
+                raise RuntimeError(
+                    f"parameter {slot.name!r} was changed in place while it was sharded, so the change is lost: "
+                    "change it before the model is sharded, or load a state"
+                )
         for param, view in zip(self.params, self._views, strict=True):
             param.data = view
 
     def detach(self) -> None:
-        """Point the parameters at placeholders of the same shape, all NaN, that refuse to be written.
+        """Point the parameters at placeholders of the same shape, all NaN.
 
-        A parameter that is read while it is not whole so shows up as NaN, not as an access violation.
+        A parameter that is read while it is not whole shows up as NaN then, not as an access violation, and
+        one that is written is noticed by :meth:`attach`.
         """
         for param, absent in zip(self.params, self._absent, strict=True):
             param.data = absent
+        self._versions = [param._version for param in self.params]
 
     def release(self) -> None:
         """Give the memory of the whole parameters back; they must be detached."""
@@ -209,6 +222,6 @@ class Flat:
 
 
 def _absent(view: Tensor) -> Tensor:
-    """Return a tensor like ``view`` that takes no memory, reads as NaN and cannot be written in place."""
+    """Return a tensor like ``view`` that reads as NaN and takes the memory of one element."""
     poison = torch.nan if view.is_floating_point() else 0
     return view.new_full((), poison).expand(view.shape)

@@ -10,7 +10,8 @@ then, except a frozen one, so units with frozen parameters wait for the gradient
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import weakref
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -41,7 +42,7 @@ class Hooks:
     def install(self, unit: Unit, *, sharded: bool) -> None:
         """Install the hooks of ``unit``."""
         for param in unit.trained_params:
-            param.register_post_accumulate_grad_hook(partial(self._after_gradient, unit))
+            param.register_post_accumulate_grad_hook(_weakly(self, unit))
         if sharded:
             for module in unit.modules:
                 module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
@@ -86,13 +87,30 @@ class Hooks:
         self._reducer.open()
         self._residency.need(unit, Phase.BACKWARD)
 
-    def _after_gradient(self, unit: Unit, _param: Tensor) -> None:
+    def after_gradient(self, unit: Unit) -> None:
+        """Note that one parameter of ``unit`` has its gradient."""
         if self._reducer.arrive(unit) and unit not in self._waiting_for_inputs:
             self._residency.idle(unit)
 
     def _after_inputs(self, unit: Unit, _grads: Any) -> None:
         self._waiting_for_inputs.discard(unit)
         self._residency.idle(unit)
+
+
+def _weakly(hooks: Hooks, unit: Unit) -> Callable[[Tensor], None]:
+    """Return a parameter's hook that keeps neither alive.
+
+    The garbage collector does not see through these hooks (torch holds them in C++), so a strong reference would
+    close a cycle, parameter to hook to unit to parameter, and no partitioned model would ever be freed.
+    """
+    hooks_ref, unit_ref = weakref.ref(hooks), weakref.ref(unit)
+
+    def after_gradient(_param: Tensor) -> None:
+        alive_hooks, alive_unit = hooks_ref(), unit_ref()
+        if alive_hooks is not None and alive_unit is not None:
+            alive_hooks.after_gradient(alive_unit)
+
+    return after_gradient
 
 
 def _in_backward() -> bool:

@@ -97,7 +97,7 @@ class Sharded:
             RuntimeError: There is no gradient, or no optimizer.
         """
         if scale is not None:
-            self._apply(scale * self._mean())
+            self._apply(scale)
         self._reducer.reset()
         self._norm = None
         for flat in self._trained:
@@ -178,8 +178,10 @@ class Sharded:
     def _apply(self, scale: float) -> None:
         if self.optimizer is None:
             raise RuntimeError("this model was sharded without an optimizer: there is nothing to step")
+        factor = scale * self._mean()
         updates = [flat.updates() for flat in self._trained]
-        refreshes = [self._trained[index].begin_refresh() for index in self._update(self.optimizer, updates, scale)]
+        done = self._update(self.optimizer, updates, factor)
+        refreshes = [self._trained[index].begin_refresh() for index in done]
         for refresh in refreshes:
             refresh.wait()
         self._residency.drop_all()

@@ -91,8 +91,9 @@ def _collect(homes: dict[nn.Parameter, list[_Home]], names: dict[nn.Parameter, s
         key = tuple(home.name for home in where)
         if key not in groups:
             modules = [home.module for home in where]
-            # a module around other modules stays whole for long: nothing may be drawn into its unit
-            joinable = not any(home.is_block or next(home.module.children(), None) for home in where)
+            # a module around other modules, and tied ones, stay whole for long: nothing may be drawn into their unit
+            alone = len(where) == 1 and not where[0].is_block
+            joinable = alone and next(where[0].module.children(), None) is None
             groups[key] = (Group("+".join(key) or "(root)", modules, []), joinable)
         groups[key][0].params.append((names[param], param))
     return list(groups.values())

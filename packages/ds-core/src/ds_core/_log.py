@@ -1,0 +1,5 @@
+"""The one logger of this wheel. No handler is installed: the application decides what is shown."""
+
+import logging
+
+logger = logging.getLogger("ds_core")

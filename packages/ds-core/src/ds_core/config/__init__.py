@@ -1,0 +1,10 @@
+"""Configuration: DeepSpeed's JSON in, one frozen value out."""
+
+from .batch import Batch
+from .parse import parse
+from .schema import schema
+from .sections import Choice, Config, Fp16
+from .show import announce, effective
+from .source import Source, read
+
+__all__ = ["Batch", "Choice", "Config", "Fp16", "Source", "announce", "effective", "parse", "read", "schema"]
