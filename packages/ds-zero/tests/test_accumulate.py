@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from ds_zero.accumulate import TreeSum
+from ds_zero.gradient import TreeSum
 from ds_zero.kernels import TorchKernels
 from hypothesis import given
 from hypothesis import strategies as st

@@ -19,10 +19,18 @@ from . import loss_scale, registry
 from ._control import make_control
 from ._log import logger
 from .data import Dealing, TrainLoader
-from .engine import Engine, LearningRateSchedule, StepPolicy
+from .engine import Engine, StepPolicy
 from .optimizers import ClientMaker
 from .process_group import join_group, local_device
-from .protocols import BuildContext, Collectives, KernelBackend, OptimizerMaker, ParamGroups, Partitioner
+from .protocols import (
+    BuildContext,
+    Collectives,
+    KernelBackend,
+    LearningRateSchedule,
+    OptimizerMaker,
+    ParamGroups,
+    Partitioner,
+)
 from .saving import Vault
 from .schedules import Scheduler
 

@@ -5,6 +5,12 @@
 which the partitioner reduces gradients; ``engine.step()`` does nothing until the last micro-batch of an optimizer
 step, and then: norm of the mean gradient -> skip if it is not finite -> one factor for clipping and loss scale ->
 the partitioner's step -> schedule. What happened is returned as a :class:`StepOutcome`.
+
+[Note: Keyed randomness]
+Dropout draws from torch's default generators, whose state depends on everything drawn before on this rank. Here
+each forward pass in training starts from a state that depends on the run's seed, the global index of the
+micro-batch and the number of forward passes of it so far. So micro-batch 17 sees the same dropout mask whichever
+rank computes it, after a resize and after a resume. The generators' own states are put back afterwards.
 """
 
 from __future__ import annotations
@@ -13,14 +19,14 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.profiler import record_function
 from torch.utils import _pytree as pytree
 
-from . import loss_scale, rng
+from . import loss_scale
 from ._log import logger
 
 if TYPE_CHECKING:
@@ -28,24 +34,8 @@ if TYPE_CHECKING:
 
     from .data import TrainLoader
     from .loss_scale import LossScale
-    from .protocols import Json, Sharded
+    from .protocols import Json, LearningRateSchedule, Sharded
     from .saving import Vault
-
-
-class LearningRateSchedule(Protocol):
-    """What a learning rate schedule has to offer; those of torch and of ds-core do."""
-
-    def step(self) -> None:
-        """Go on by one optimizer step."""
-
-    def get_last_lr(self) -> list[float]:
-        """Return the learning rate of each parameter group."""
-
-    def state_dict(self) -> Mapping[str, Any]:
-        """Return the state."""
-
-    def load_state_dict(self, state: Any, /) -> None:
-        """Replace the state."""
 
 
 class StepOutcome(NamedTuple):
@@ -141,7 +131,7 @@ class Engine:
             if not self.module.training:
                 return self.module(*args, **kwargs)
             index = self._counters.micro_steps * policy.num_ranks + policy.rank
-            with rng.keyed(policy.seed, index, self._forwards, policy.device):
+            with keyed_randomness(policy.seed, index, self._forwards, policy.device):
                 output = self.module(*args, **kwargs)
         self._forwards += 1
         return output
@@ -334,7 +324,8 @@ class Engine:
             self._report_skip(culprit)
         elif self.lr_scheduler is not None:
             self.lr_scheduler.step()
-        self._scale = loss_scale.update(self._scale, skipped)
+        if self._scale.window:  # dynamic
+            self._scale = loss_scale.update(self._scale, skipped)
 
     def _report_skip(self, culprit: str | None) -> None:
         where = f"the gradient of {culprit} is not finite"
@@ -347,6 +338,51 @@ class Engine:
             logger.warning(
                 "optimizer step %d is left out: %s (loss scale %g)", self.global_steps, where, self._scale.scale
             )
+
+
+@contextmanager
+def keyed_randomness(seed: int, index: int, repeat: int, device: torch.device) -> Iterator[None]:
+    """Draw random numbers from streams that depend on the arguments only.
+
+    Args:
+        seed: Of the run.
+        index: Global index of the micro-batch.
+        repeat: Forward passes of this micro-batch before this one.
+        device: Where the model is; its generator and the CPU's are keyed.
+
+    Example:
+        >>> with keyed_randomness(1, 17, 0, torch.device("cpu")):
+        ...     first = torch.rand(2)
+        >>> _ = torch.rand(3)
+        >>> with keyed_randomness(1, 17, 0, torch.device("cpu")):
+        ...     bool((torch.rand(2) == first).all())
+        True
+    """
+    generators = [torch.default_generator]
+    if device.type == "cuda":
+        generators.append(torch.cuda.default_generators[device.index or 0])
+    states = [generator.get_state() for generator in generators]
+    for generator in generators:
+        generator.manual_seed(_mix(seed, index, repeat))
+    try:
+        yield
+    finally:
+        for generator, state in zip(generators, states, strict=True):
+            generator.set_state(state)
+
+
+def _mix(*numbers: int) -> int:
+    """Hash integers into 63 bits, so that neighbouring keys start unrelated streams.
+
+    The mixing step is SplitMix64's (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", 2014).
+    """
+    state = 0
+    for number in numbers:
+        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state & ((1 << 63) - 1)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -268,6 +268,25 @@ class Partitioner(Protocol):
         """Partition ``model`` in place; ``groups`` say which parameters are trained, with which settings."""
 
 
+# Schedules #
+
+
+class LearningRateSchedule(Protocol):
+    """What a learning rate schedule has to offer; those of torch and of ds-core do."""
+
+    def step(self) -> None:
+        """Go on by one optimizer step."""
+
+    def get_last_lr(self) -> list[float]:
+        """Return the learning rate of each parameter group."""
+
+    def state_dict(self) -> Mapping[str, Any]:
+        """Return the state."""
+
+    def load_state_dict(self, state: Any, /) -> None:
+        """Replace the state."""
+
+
 # Kernels #
 
 

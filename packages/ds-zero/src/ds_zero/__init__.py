@@ -2,8 +2,7 @@
 
 from .api import Parts, shard
 from .config import Precision, ZeroConfig
-from .norm import GradNorm
-from .sharded import MemoryReport, Sharded
+from .sharded import GradNorm, MemoryReport, Sharded
 from .state import PartState, Piece
 
 __all__ = ["GradNorm", "MemoryReport", "PartState", "Parts", "Piece", "Precision", "Sharded", "ZeroConfig", "shard"]

@@ -13,13 +13,13 @@ from torch import nn
 
 from .collectives import collectives_of
 from .config import Precision, ZeroConfig
-from .flat import Flat, Resources
-from .kernels import TorchKernels, torch_update
+from .flat import Flat, Resources, StoragePool
+from .kernels import TorchKernels
 from .layout import Spec, plan
-from .memory import StoragePool
 from .placement import Placement, placements_of
 from .sharded import Sharded
-from .unit import Unit
+from .units import Unit
+from .update import torch_update
 from .wrap import Group, units_of
 
 if TYPE_CHECKING:

@@ -1,26 +1,15 @@
-"""Plain torch forms of the kernels the partitioner calls; faster ones are passed in.
-
-[Note: Norm tree]
-The squared norm of a buffer is a binary tree of float64 sums whose leaves are the sums of squares of blocks of
-``LEAF`` consecutive elements. Block boundaries do not depend on where the buffer is cut into shards, so each rank
-sums the subtrees that lie in its shard (``chunk_sumsq``), the few subtree roots are gathered, and the rest of the
-tree is added the same way everywhere (:func:`tree_root`).
-"""
+"""Plain torch forms of the kernels a partitioner calls; faster ones are passed in."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from .layout import LEAF
 
-if TYPE_CHECKING:
-    from ds_core.protocols import ShardUpdate
-
-_SLICE = 1 << 16
+_SLICE = 1 << 16  # elements squared at a time
 
 
 class TorchKernels:
@@ -58,35 +47,3 @@ class TorchKernels:
         while sums.numel() * chunk > x.numel():
             sums = sums[::2] + sums[1::2]
         return sums
-
-
-def tree_root(rows: Tensor) -> Tensor:
-    """Add each row of ``rows`` ([n, 2**k], float64) along a binary tree; zeros behind the data change nothing.
-
-    Example:
-        >>> tree_root(torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64))
-        tensor([6.], dtype=torch.float64)
-    """
-    while rows.shape[1] > 1:
-        rows = rows[:, ::2] + rows[:, 1::2]
-    return rows[:, 0]
-
-
-def torch_update(
-    optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float
-) -> Iterator[int]:
-    """Run one step of any elementwise ``torch.optim`` optimizer: scale, step, refresh the copies.
-
-    Costs three passes over memory where a fused kernel needs one. Yields the index of every unit at the end,
-    since ``optimizer.step()`` does not say what it has finished.
-    """
-    updates = [update for unit in units for update in unit]
-    for update in updates:
-        grad = update.grad if update.grad.dtype == update.master.dtype else update.grad.to(update.master.dtype)
-        update.master.grad = grad.mul_(scale)
-    optimizer.step()
-    for update in updates:
-        update.master.grad = None
-        if update.copy is not None:
-            update.copy.copy_(update.master.detach())
-    yield from range(len(units))

@@ -8,8 +8,8 @@ from torch import nn
 
 from .api import Parts, shard
 from .config import Precision, ZeroConfig
-from .kernels import torch_update
 from .sharded import Sharded
+from .update import torch_update
 
 if TYPE_CHECKING:
     from ds_core.protocols import BuildContext, OptimizerMaker, ParamGroups

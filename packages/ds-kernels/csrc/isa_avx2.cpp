@@ -1,0 +1,30 @@
+// Kernels compiled for AVX2 and FMA.
+#include "kernel_table.h"
+
+#if defined(DS_KERNELS_X86)
+
+// Before the pragma: functions of the standard library must not be compiled for these instructions, because
+// the linker may keep this copy for the whole module.
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma")
+#endif
+
+#include "make_table.h"
+
+namespace ds_kernels {
+
+constexpr KernelTable kAvx2Kernels = DS_KERNELS_TABLE("avx2");
+
+}  // namespace ds_kernels
+
+#if defined(__clang__)
+#pragma clang attribute pop
+#endif
+
+#endif

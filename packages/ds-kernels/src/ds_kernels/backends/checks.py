@@ -1,0 +1,103 @@
+"""What every backend asks of its arguments, so that a program that runs on one runs on all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Data types that kernels read."""
+
+SQUARE_BLOCK = 64
+"""Elements of a leaf of the tree of squares; see [Note: Square tree] in ``reference.py``."""
+
+
+def check_adam(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None) -> None:
+    """Check the tensors of one Adam step.
+
+    Raises:
+        ValueError: If a data type, length, device or memory layout is not what the step needs.
+    """
+    tensors = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name in ("param", "exp_avg", "exp_avg_sq"):
+        _check_dtype(name, tensors[name], (torch.float32,))
+    _check_dtype("grad", grad, FLOATS)
+    if copy is not None:
+        tensors["copy"] = copy
+        _check_dtype("copy", copy, (torch.bfloat16, torch.float16))
+    _check_alike(tensors)
+
+
+def check_tree_sum(out: Tensor, pieces: Sequence[Tensor]) -> None:
+    """Check the tensors of a tree sum.
+
+    Raises:
+        ValueError: If there are no pieces, or data types, lengths, devices or memory do not fit.
+    """
+    if not pieces:
+        raise ValueError("tree_sum needs at least one piece; got none")
+    tensors = {"out": out} | {f"pieces[{i}]": piece for i, piece in enumerate(pieces)}
+    for name, tensor in tensors.items():
+        _check_dtype(name, tensor, FLOATS if name in ("out", "pieces[0]") else (pieces[0].dtype,))
+    _check_alike(tensors)
+    for i, piece in enumerate(pieces):
+        # Exactly the same memory is fine: each element is read before it is written.
+        if _overlap(out, piece) and (out.data_ptr() != piece.data_ptr() or out.dtype != piece.dtype):
+            raise ValueError(
+                f"out may be one of the pieces, but must not overlap one in part; out covers "
+                f"{_span(out)}, pieces[{i}] {_span(piece)} as {piece.dtype}; pass a separate out"
+            )
+
+
+def check_chunk_sumsq(x: Tensor, chunk: int) -> None:
+    """Check the arguments of a chunked sum of squares.
+
+    Raises:
+        ValueError: If the data type, layout or chunk do not fit.
+    """
+    _check_dtype("x", x, FLOATS)
+    _check_alike({"x": x})
+    if chunk < SQUARE_BLOCK or chunk % SQUARE_BLOCK:
+        raise ValueError(f"chunk must be a positive multiple of {SQUARE_BLOCK}; got {chunk}")
+    if x.numel() % chunk:
+        raise ValueError(f"x must be whole chunks of {chunk} elements; got {x.numel()}; pad it with zeros")
+
+
+def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
+    if tensor.dtype not in allowed:
+        names = " or ".join(str(dtype) for dtype in allowed)
+        raise ValueError(f"{name} must be {names}; got {tensor.dtype}; convert it with .to()")
+
+
+def _check_alike(tensors: Mapping[str, Tensor]) -> None:
+    first_name, first = next(iter(tensors.items()))
+    numel, device = first.numel(), first.device
+    for name, tensor in tensors.items():
+        if tensor.numel() != numel:
+            raise ValueError(
+                f"all tensors must have the same number of elements; got {numel} in {first_name} and "
+                f"{tensor.numel()} in {name}"
+            )
+        if tensor.device != device:
+            raise ValueError(
+                f"all tensors must be on one device; got {device} for {first_name} and {tensor.device} for "
+                f"{name}; move them with .to()"
+            )
+        if tensor.layout is not torch.strided or not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} must be dense and contiguous; got {tensor.layout} of shape {tuple(tensor.shape)}; "
+                f"pass {name}.to_dense() or {name}.contiguous()"
+            )
+
+
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    a_begin, a_end = _span(a)
+    b_begin, b_end = _span(b)
+    return a.device == b.device and a_begin < b_end and b_begin < a_end
+
+
+def _span(tensor: Tensor) -> tuple[int, int]:
+    begin = tensor.data_ptr()
+    return begin, begin + tensor.nbytes

@@ -1,0 +1,184 @@
+"""The cpu backend: native kernels, one pass over memory, the instruction set chosen at run time."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checks import check_adam, check_chunk_sumsq, check_tree_sum
+
+if TYPE_CHECKING:
+    from ds_core.protocols import AdamHyper
+
+    from .._native import Kernels
+
+_FORMATS = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
+_NO_COPY = 0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CpuBackend:
+    """Native kernels for tensors in host memory.
+
+    [Note: Same bits]
+    An element's result depends on its own inputs only: not on the instruction set, the number of threads,
+    the length of the array, its alignment or the element's place in it. So a shard gives the same bits as the
+    whole. (A NaN stays a NaN; which of the many bit patterns it has is left open, except in copies.)
+
+    Speed is that of memory: a step over float32 moves 28 bytes per element. Uses as many threads as torch
+    does (``torch.get_num_threads()``), in torch's own OpenMP runtime.
+
+    Example:
+        >>> backend = CpuBackend()
+        >>> if backend.unusable() is None:
+        ...     assert backend.chunk_sumsq(torch.ones(128), 64).tolist() == [64.0, 64.0]
+    """
+
+    isa: str | None = None
+    """``avx512``, ``avx2`` or ``scalar``; None takes the fastest the processor runs."""
+
+    @property
+    def name(self) -> str:
+        """``cpu``."""
+        return "cpu"
+
+    def unusable(self) -> str | None:
+        """Return why the kernels cannot run here, in one line; None when they can."""
+        try:
+            _load(self.isa)
+        except ImportError as error:
+            return _missing(error)
+        except ValueError as error:  # the processor lacks the instruction set
+            return str(error)
+        return None
+
+    def adamw(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        copy: Tensor | None,
+        hyper: AdamHyper,
+    ) -> None:
+        """Do one Adam or AdamW step, in place, in one pass over memory.
+
+        The formula is that of :meth:`ReferenceBackend.adamw`; operations and their order are those of torch's
+        fused CPU kernel.
+
+        Args:
+            param: Master parameter, float32.
+            grad: Gradient, float32, bfloat16 or float16; left as it is.
+            exp_avg: First moment, float32.
+            exp_avg_sq: Second moment, float32.
+            copy: Copy to refresh from the new parameter, bfloat16 or float16, or None.
+            hyper: The numbers of the step.
+
+        Raises:
+            ValueError: If data types, lengths, devices or layouts do not fit.
+            RuntimeError: If the native module is missing.
+        """
+        check_adam(param, grad, exp_avg, exp_avg_sq, copy)
+        _check_cpu("param", param)
+        # Without decay both forms are the same, and the decoupled one leaves every bit of the gradient.
+        decoupled = hyper.decoupled or hyper.weight_decay == 0
+        betas = hyper.beta1, hyper.beta2
+        _kernels(self.isa).adam(
+            param.data_ptr(),
+            grad.data_ptr(),
+            exp_avg.data_ptr(),
+            exp_avg_sq.data_ptr(),
+            0 if copy is None else copy.data_ptr(),
+            param.numel(),
+            _FORMATS[grad.dtype],
+            _NO_COPY if copy is None else _FORMATS[copy.dtype],
+            torch.get_num_threads(),
+            (hyper.step, hyper.lr, *betas, hyper.eps, hyper.weight_decay, hyper.scale, decoupled),
+        )
+        _mark_written(param, exp_avg, exp_avg_sq, copy)
+
+    def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
+        """Sum ``pieces`` in float32 along a binary tree over their order, rounding once into ``out``.
+
+        Reads each piece and writes ``out`` once. The tree is that of :meth:`ReferenceBackend.tree_sum`.
+
+        Args:
+            out: Where the sum goes, of any of the three types; may be one of the pieces.
+            pieces: Tensors of one length and one type, float32, bfloat16 or float16.
+
+        Raises:
+            ValueError: If there are no pieces, or they do not fit each other or ``out``.
+            RuntimeError: If the native module is missing.
+        """
+        check_tree_sum(out, pieces)
+        _check_cpu("out", out)
+        addresses = [piece.data_ptr() for piece in pieces]
+        formats = _FORMATS[pieces[0].dtype], _FORMATS[out.dtype]
+        _kernels(self.isa).tree_sum(out.data_ptr(), addresses, out.numel(), *formats, torch.get_num_threads())
+        _mark_written(out)
+
+    def chunk_sumsq(self, x: Tensor, chunk: int) -> Tensor:
+        """Return the float64 sums of squares of the consecutive chunks of ``x``.
+
+        Reads ``x`` once. The tree is that of :meth:`ReferenceBackend.chunk_sumsq`. Threads share the chunks,
+        so a single chunk is summed by one thread.
+
+        Args:
+            x: Float32, bfloat16 or float16.
+            chunk: Elements of a chunk, a multiple of 64 that divides the length of ``x``.
+
+        Returns:
+            1D, ``len(x) / chunk``.
+
+        Raises:
+            ValueError: If ``chunk`` or ``x`` do not fit.
+            RuntimeError: If the native module is missing.
+        """
+        check_chunk_sumsq(x, chunk)
+        _check_cpu("x", x)
+        sums = torch.empty(x.numel() // chunk, dtype=torch.float64)
+        _kernels(self.isa).chunk_sumsq(
+            x.data_ptr(), sums.data_ptr(), chunk, sums.numel(), _FORMATS[x.dtype], torch.get_num_threads()
+        )
+        return sums
+
+
+@functools.cache
+def _load(isa: str | None) -> Kernels:
+    # Imported here, not above: a process that never steps on a CPU should not map the library. By now torch
+    # has been imported, so the library binds to torch's OpenMP runtime and not to a second one.
+    from .. import _native
+
+    return _native.Kernels(isa or _native.isas()[0])
+
+
+def _kernels(isa: str | None) -> Kernels:
+    try:
+        return _load(isa)
+    except ImportError as error:
+        raise RuntimeError(f"{_missing(error)}; or choose the backend 'reference'") from error
+
+
+def _missing(error: ImportError) -> str:
+    return f"the native module is missing or broken ({error}); reinstall where a C++17 compiler is found"
+
+
+def _check_cpu(name: str, tensor: Tensor) -> None:
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"the backend 'cpu' works on tensors in host memory; got {name} on {tensor.device}; "
+            "choose the backend 'reference' for this device"
+        )
+
+
+def _mark_written(*tensors: Tensor | None) -> None:
+    # torch does not see writes through raw addresses; told of them, a backward pass that needed the old
+    # values raises instead of computing nonsense.
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])

@@ -1,0 +1,147 @@
+"""The reference backend: every kernel in plain torch, on any device. It defines what the kernels mean."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from .checks import SQUARE_BLOCK, check_adam, check_chunk_sumsq, check_tree_sum
+
+if TYPE_CHECKING:
+    from ds_core.protocols import AdamHyper
+
+
+@dataclass(frozen=True, slots=True)
+class ReferenceBackend:
+    """Kernels from torch operations.
+
+    Several passes over memory and temporaries of the shard's size; meant for devices that have no backend of
+    their own, for machines without a compiler, and to test other backends against.
+
+    Example:
+        >>> out = torch.empty(2)
+        >>> ReferenceBackend().tree_sum(out, [torch.ones(2), torch.ones(2), torch.ones(2)])
+        >>> out
+        tensor([3., 3.])
+    """
+
+    @property
+    def name(self) -> str:
+        """``reference``."""
+        return "reference"
+
+    def unusable(self) -> str | None:
+        """Return None: it runs wherever torch does."""
+        return None
+
+    @torch.no_grad()
+    def adamw(
+        self,
+        param: Tensor,
+        grad: Tensor,
+        exp_avg: Tensor,
+        exp_avg_sq: Tensor,
+        *,
+        copy: Tensor | None,
+        hyper: AdamHyper,
+    ) -> None:
+        """Do one Adam or AdamW step, in place, then refresh ``copy``.
+
+        With g the gradient times ``hyper.scale``, all in float32::
+
+            AdamW: p <- p * (1 - lr * weight_decay)        Adam: g <- g + weight_decay * p
+            m <- beta1 * m + (1 - beta1) * g
+            v <- beta2 * v + (1 - beta2) * g^2
+            p <- p - lr * m / (1 - beta1^t) / (sqrt(v / (1 - beta2^t)) + eps)
+
+        Args:
+            param: Master parameter, float32.
+            grad: Gradient, float32, bfloat16 or float16; left as it is.
+            exp_avg: First moment, float32.
+            exp_avg_sq: Second moment, float32.
+            copy: Copy to refresh from the new parameter, bfloat16 or float16, or None.
+            hyper: The numbers of the step.
+
+        Raises:
+            ValueError: If data types, lengths, devices or layouts do not fit.
+
+        Reference:
+            Ilya Loshchilov and Frank Hutter, Decoupled Weight Decay Regularization, 2019.
+        """
+        check_adam(param, grad, exp_avg, exp_avg_sq, copy)
+        p, m, v = param.view(-1), exp_avg.view(-1), exp_avg_sq.view(-1)
+        g = grad.view(-1).to(torch.float32) * hyper.scale
+        if hyper.decoupled:
+            p.mul_(1 - hyper.lr * hyper.weight_decay)
+        elif hyper.weight_decay != 0:
+            g = g.add(p, alpha=hyper.weight_decay)
+        m.lerp_(g, 1 - hyper.beta1)
+        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
+        denom = v.sqrt().div_((1 - hyper.beta2**hyper.step) ** 0.5).add_(hyper.eps)
+        p.add_((m * -(hyper.lr / (1 - hyper.beta1**hyper.step))).div_(denom))
+        if copy is not None:
+            copy.view(-1).copy_(p)
+
+    @torch.no_grad()
+    def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
+        """Sum ``pieces`` in float32 along a binary tree over their order, rounding once into ``out``.
+
+        Neighbours first, as a binary counter carries: ((0+1)+(2+3))+(4+5).
+
+        Args:
+            out: Where the sum goes, of any of the three types; may be one of the pieces.
+            pieces: Tensors of one length and one type, float32, bfloat16 or float16.
+
+        Raises:
+            ValueError: If there are no pieces, or they do not fit each other or ``out``.
+        """
+        check_tree_sum(out, pieces)
+        level = [piece.view(-1).to(torch.float32) for piece in pieces]
+        while len(level) > 1:
+            paired = [left + right for left, right in zip(level[::2], level[1::2])]
+            # An odd one out waits for a partner on a higher level.
+            level = paired + level[2 * len(paired) :]
+        out.view(-1).copy_(level[0])
+
+    @torch.no_grad()
+    def chunk_sumsq(self, x: Tensor, chunk: int) -> Tensor:
+        """Return the float64 sums of squares of the consecutive chunks of ``x``.
+
+        The chunk of 2c elements is exactly the sum of its two chunks of c, for every permitted c.
+
+        [Note: Square tree]
+        Leaves are blocks of 64 elements. T(blocks) = T(first half) + T(second half) for an even number of
+        blocks, and T(all but the last) + last for an odd one. Inside a block, element i meets element i + 32,
+        then the sums meet sums 16, 8, 4, 2 and 1 apart: an order that vector units like.
+
+        Args:
+            x: Float32, bfloat16 or float16.
+            chunk: Elements of a chunk, a multiple of 64 that divides the length of ``x``.
+
+        Returns:
+            1D, ``len(x) / chunk``.
+
+        Raises:
+            ValueError: If ``chunk`` or ``x`` do not fit.
+        """
+        check_chunk_sumsq(x, chunk)
+        sums = x.view(x.numel() // SQUARE_BLOCK, SQUARE_BLOCK).double().square_()
+        while sums.shape[1] > 1:
+            half = sums.shape[1] // 2
+            sums = sums[:, :half] + sums[:, half:]
+        return _tree(sums.view(x.numel() // chunk, chunk // SQUARE_BLOCK))
+
+
+def _tree(rows: Tensor) -> Tensor:
+    """Add up each row; see [Note: Square tree]."""
+    num_rows, blocks = rows.shape
+    if blocks == 1:
+        return rows[:, 0]
+    if blocks % 2:
+        return _tree(rows[:, :-1]) + rows[:, -1]
+    halves = _tree(rows.reshape(2 * num_rows, blocks // 2)).view(num_rows, 2)
+    return halves[:, 0] + halves[:, 1]
