@@ -1,7 +1,9 @@
 // One Adam or AdamW step over a slice, in one pass over memory.
 //
 // The operations, their order and the three fused multiply-adds are those of torch's own fused CPU kernel, so that
-// results agree with it. Every element is computed by itself: its result does not depend on where it lies.
+// results agree with it, but for the bias of the second moment: it multiplies eps and the step size instead of dividing
+// each element's root, and one division less shows where data are in the cache. Every element is computed by itself: its
+// result does not depend on where it lies.
 #pragma once
 
 #include <cstddef>
@@ -37,8 +39,7 @@ void adam(const ds_kernels::AdamArgs& args, std::size_t begin, std::size_t end) 
         const float nearer = as_float((as_bits(g) & s.from_grad) | (as_bits(old_m) & ~s.from_grad));
         const float m = __builtin_fmaf(s.grad_weight, g - old_m, nearer);
         const float v = __builtin_fmaf(s.one_minus_beta2 * g, g, exp_avg_sq[i] * s.beta2);
-        const float denom = __builtin_sqrtf(v) / s.bias2_root + s.eps;
-        p = p + s.minus_step_size * m / denom;
+        p = p + s.minus_step_size * m / (__builtin_sqrtf(v) + s.eps);
 
         exp_avg[i] = m;
         exp_avg_sq[i] = v;

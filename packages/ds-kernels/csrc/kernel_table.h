@@ -13,9 +13,8 @@ struct AdamScalars {
     unsigned from_grad;    // all ones: exp_avg moves back from the gradient; zero: on from its old value
     float beta2;
     float one_minus_beta2;
-    float bias2_root;      // sqrt(1 - beta2^step)
-    float eps;
-    float minus_step_size; // -lr / (1 - beta1^step)
+    float eps;             // eps * sqrt(1 - beta2^step)
+    float minus_step_size; // -lr / (1 - beta1^step) * sqrt(1 - beta2^step)
 };
 
 struct AdamArgs {

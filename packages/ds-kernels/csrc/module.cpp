@@ -41,9 +41,9 @@ AdamScalars rounded(const AdamNumbers& numbers) {
     s.from_grad = from_grad ? ~0u : 0u;
     s.beta2 = static_cast<float>(beta2);
     s.one_minus_beta2 = static_cast<float>(1.0 - beta2);
-    s.bias2_root = static_cast<float>(std::sqrt(1.0 - std::pow(beta2, step)));
-    s.eps = static_cast<float>(eps);
-    s.minus_step_size = static_cast<float>(-(lr / (1.0 - std::pow(beta1, step))));
+    const double bias2_root = std::sqrt(1.0 - std::pow(beta2, step));
+    s.eps = static_cast<float>(eps * bias2_root);
+    s.minus_step_size = static_cast<float>(-(lr / (1.0 - std::pow(beta1, step))) * bias2_root);
     return s;
 }
 

@@ -13,13 +13,15 @@ import ds_kernels
 import pytest
 
 PACKAGE = Path(ds_kernels.__file__).parent
+NAME = ds_kernels.__name__.split(".")  # more than one part in a vendored copy
+ROOT = PACKAGE.parents[len(NAME) - 1]
 
 
-def run(code: str, path: Path = PACKAGE.parent) -> str:
+def run(code: str, path: Path = ROOT) -> str:
     """Run ``code`` in a process of its own that imports the package from ``path``."""
     command = [sys.executable, "-W", "error", "-c", dedent(code)]
     env = {**os.environ, "PYTHONPATH": str(path)}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, env=env, cwd=path, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     return done.stdout + done.stderr
 
@@ -27,7 +29,8 @@ def run(code: str, path: Path = PACKAGE.parent) -> str:
 @pytest.fixture
 def without_native(tmp_path) -> Path:
     """A folder with the package as an install without a compiler leaves it."""
-    shutil.copytree(PACKAGE, tmp_path / "ds_kernels", ignore=shutil.ignore_patterns("*.so", "*.pyd", "__pycache__"))
+    ignore = shutil.ignore_patterns("*.so", "*.pyd", "__pycache__")
+    shutil.copytree(PACKAGE, tmp_path.joinpath(*NAME), ignore=ignore)
     return tmp_path
 
 
