@@ -9,7 +9,7 @@ import ds_zero
 import torch
 from ds_testkit import Rank, RankPool
 from ds_testkit.models import Transformer, micro_batch, seeded
-from torch import Tensor
+from ds_testkit.state import Exported, State, assembled, exported
 
 
 class Run(NamedTuple):
@@ -29,7 +29,7 @@ class Result(NamedTuple):
 
     losses: list[list[float]]  # per step, this rank's micro-batches in order
     norms: list[float]
-    pieces: list[tuple[str, str, torch.Size, int, Tensor]]
+    pieces: list[Exported]
     memory: ds_zero.MemoryReport
 
 
@@ -77,30 +77,6 @@ def train(rank: Rank, run: Run) -> Result:
     return Result(losses, norms, exported(sharded), sharded.memory())
 
 
-def exported(sharded: ds_zero.Sharded) -> list[tuple[str, str, torch.Size, int, Tensor]]:
-    return [(p.name, p.role, p.shape, p.start, p.data.clone()) for p in sharded.state().pieces]
-
-
-def assembled(ranks: Iterable[Iterable[tuple[str, str, torch.Size, int, Tensor]]]) -> dict[tuple[str, str], Tensor]:
-    """Put the pieces of all ranks together; every element has to stand exactly once."""
-    whole: dict[tuple[str, str], Tensor] = {}
-    counts: dict[tuple[str, str], Tensor] = {}
-    for pieces in ranks:
-        for name, role, shape, start, data in pieces:
-            key = (role, name)
-            whole.setdefault(key, torch.zeros(shape.numel(), dtype=data.dtype))[start : start + data.numel()] = data
-            counts.setdefault(key, torch.zeros(shape.numel(), dtype=torch.int))[start : start + data.numel()] += 1
-    for key, count in counts.items():
-        assert bool((count == 1).all()), f"{key}: elements missing or doubled"
-    return whole
-
-
-def assert_same_bits(got: dict[tuple[str, str], Tensor], want: dict[tuple[str, str], Tensor]) -> None:
-    assert got.keys() == want.keys()
-    different = [key for key in want if not torch.equal(got[key], want[key])]
-    assert not different, f"not equal bit for bit: {different}"
-
-
-def assemble_run(ranks: RankPool, run: Run, size: int) -> dict[tuple[str, str], Tensor]:
+def assemble_run(ranks: RankPool, run: Run, size: int) -> State:
     """Train on ``size`` ranks and return the whole state."""
     return assembled(result.pieces for result in ranks.run(train, run, size=size))

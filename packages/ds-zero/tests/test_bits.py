@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from ds_testkit import RankPool
+from ds_testkit import Rank, RankPool
 from ds_testkit.models import micro_batch, seeded
+from ds_testkit.state import assembled, assert_same_bits
 from torch import Tensor
 
-from .helpers import Run, assembled, assert_same_bits, make_optimizer, train
+from .helpers import Run, make_optimizer, train
 
 pytestmark = pytest.mark.rung_c
 
@@ -41,13 +42,13 @@ def test_same_bits_for_every_size_and_stage(
 def test_same_bits_as_a_plain_loop(ranks: RankPool, compute: torch.dtype) -> None:
     """The reference has no flat buffer, no shard, no hook: only torch and the order of additions."""
     run = Run(num_micro_batches=4, compute=compute, clip=None)
-    want = _plain_loop(run)
+    (want,) = ranks.run(plain_loop, run, size=1)
     results = ranks.run(train, run, size=2)
     got = assembled(result.pieces for result in results)
     assert_same_bits({key: value.view_as(want[key]) for key, value in got.items()}, want)
 
 
-def _plain_loop(run: Run) -> dict[tuple[str, str], Tensor]:
+def plain_loop(_rank: Rank, run: Run) -> dict[tuple[str, str], Tensor]:
     model = seeded()
     masters = {name: param.detach().clone().requires_grad_() for name, param in model.named_parameters()}
     optimizer = make_optimizer("AdamW")(masters.values())

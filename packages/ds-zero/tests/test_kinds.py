@@ -9,9 +9,8 @@ import pytest
 import torch
 from ds_testkit import Rank, RankPool
 from ds_testkit.models import Block, seeded
+from ds_testkit.state import assembled, exported
 from torch import Tensor, nn
-
-from .helpers import assembled, exported
 
 pytestmark = pytest.mark.rung_c
 
@@ -38,6 +37,8 @@ class Odd(nn.Module):
                 block.out.requires_grad_(True)
         if kind == "tied blocks":
             self.blocks[2].fc.weight = self.blocks[0].fc.weight
+        if kind == "attention":
+            self.attention = nn.MultiheadAttention(16, 2, batch_first=True)
         if kind == "shared block":
             self.blocks[2] = self.blocks[0]
 
@@ -46,11 +47,13 @@ class Odd(nn.Module):
         for index, block in enumerate(self.blocks):
             if not (self.kind == "skipped" and index == 1):
                 x = block(x)
+        if self.kind == "attention":
+            x, _ = self.attention(x, x, x)  # reads its projection's weight without calling it
         out: Tensor = (self.last(x) * self.scale + self.scalar + self.empty.sum()).square().mean()
         return out
 
 
-KINDS = ["plain", "frozen", "adapters", "tied blocks", "shared block", "skipped"]
+KINDS = ["plain", "frozen", "adapters", "tied blocks", "shared block", "skipped", "attention"]
 
 
 def inputs(index: int) -> Tensor:

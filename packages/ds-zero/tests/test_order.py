@@ -9,10 +9,11 @@ import pytest
 import torch
 from ds_testkit import Rank, RankPool
 from ds_testkit.models import micro_batch, seeded
+from ds_testkit.state import assembled, assert_same_bits, exported
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .helpers import Run, assemble_run, assembled, assert_same_bits, build, exported, train_steps
+from .helpers import Run, assemble_run, build, train_steps
 
 pytestmark = pytest.mark.rung_c
 
@@ -84,6 +85,66 @@ def test_recomputed_activations(ranks: RankPool, stage: int, place: Any, use_ree
     got = assembled(ranks.run(place, run, use_reentrant, size=2))
     want = assemble_run(ranks, run, size=2)
     assert_same_bits(got, want)
+
+
+class Frozen(nn.Module):
+    """Trained adapters in blocks that are recomputed; everything outside them is frozen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)) for _ in range(4)])
+        self.head = nn.Linear(8, 1).requires_grad_(requires_grad=False)
+        for block in self.blocks:
+            block[2].requires_grad_(requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=True)
+        out: Tensor = self.head(x).square().mean()
+        return out
+
+
+def norm_of_recomputed(rank: Rank, stage: int) -> tuple[int, float]:
+    model = Frozen()
+    config = ds_zero.ZeroConfig(stage=stage)
+    sharded = ds_zero.shard(model, lambda g: torch.optim.SGD(g, lr=0.1), config=config, group=rank.group)
+    model(torch.ones(2, 8, requires_grad=True)).backward()
+    return sharded.micro_batches, sharded.grad_norm().value
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_recomputation_within_a_backward_pass_is_part_of_it(ranks: RankPool, stage: int) -> None:
+    model = Frozen()
+    model(torch.ones(2, 8, requires_grad=True)).backward()
+    want = torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    for micro_batches, norm in ranks.run(norm_of_recomputed, stage, size=2):
+        assert micro_batches == 1
+        assert norm == pytest.approx(want.item(), rel=1e-5)
+
+
+def with_penalty(rank: Rank, run: Run) -> tuple[int, list[Any]]:
+    """A term of the loss is the gradient of another: ``torch.autograd.grad`` runs a pass that writes no gradient."""
+    model, sharded = build(rank, run)
+    micro_batches = 0
+    for step in range(run.steps):
+        loss = model(micro_batch(step * 2 + rank.rank))
+        (slope,) = torch.autograd.grad(loss, model.norm.bias, create_graph=True, retain_graph=True)
+        (loss + slope.square().sum()).backward()
+        micro_batches = sharded.micro_batches
+        sharded.step()
+    return micro_batches, exported(sharded)
+
+
+def test_gradients_asked_for_in_between_do_not_count(ranks: RankPool) -> None:
+    run = Run(steps=2, num_micro_batches=2)
+    states = []
+    for stage in (0, 2, 3):
+        results = ranks.run(with_penalty, run._replace(stage=stage), size=2)
+        assert [micro_batches for micro_batches, _ in results] == [1, 1]
+        states.append(assembled(state for _, state in results))
+    for state in states[1:]:
+        assert_same_bits(state, states[0])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -166,9 +227,9 @@ def test_backward_that_raised_has_to_be_dropped() -> None:
     with pytest.raises(ArithmeticError):
         model(micro_batch(0)).backward()
     x.remove()
-    with pytest.raises(RuntimeError, match=r"did not finish .* step\(None\), on every rank"):
+    with pytest.raises(RuntimeError, match=r"did not finish .* drop_gradients\(\)"):
         model(micro_batch(0))
-    sharded.step(None)
+    sharded.drop_gradients()
     before = model.head.weight.detach().clone()
     model(micro_batch(0)).backward()
     sharded.step()
@@ -181,9 +242,33 @@ def test_step_needs_a_gradient_and_an_optimizer() -> None:
     with pytest.raises(RuntimeError, match=r"no backward pass since the last step"):
         sharded.step()
     frozen = ds_zero.shard(seeded(), None)
-    frozen.step(None)
+    frozen.drop_gradients()
     with pytest.raises(RuntimeError, match="sharded without an optimizer"):
         frozen.step()
+
+
+def parts_by_hand(rank: Rank, run: Run) -> tuple[bool, bool, list[Any]]:
+    """What a pipeline does: parameters whole over several calls, gradients sent before the pass ends."""
+    model, sharded = build(rank, run)
+    block = model.blocks[0]
+    sharded.unshard(block)
+    whole = not block.fc.weight.isnan().any()
+    sharded.reshard(block)
+    for step in range(run.steps):
+        for index in range(rank.rank, run.num_micro_batches, rank.size):
+            loss = model(micro_batch(step * run.num_micro_batches + index))
+            hook = model.blocks[1].fc.weight.register_post_accumulate_grad_hook(lambda _: sharded.reduce(model.head))
+            loss.backward()
+            hook.remove()
+        sharded.step(min(1.0, run.clip / sharded.grad_norm().value))
+    return bool(whole), bool(block.fc.weight.isnan().all()), exported(sharded)
+
+
+def test_parts_may_be_gathered_and_sent_by_hand(ranks: RankPool) -> None:
+    run = Run(stage=3, steps=4)
+    results = ranks.run(parts_by_hand, run, size=2)
+    assert all(whole and absent_again for whole, absent_again, _ in results)
+    assert_same_bits(assembled(state for _, _, state in results), assemble_run(ranks, run, size=2))
 
 
 class Opaque:

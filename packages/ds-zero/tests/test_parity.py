@@ -8,9 +8,10 @@ import pytest
 import torch
 from ds_testkit import Rank, RankPool
 from ds_testkit.models import micro_batch, seeded
+from ds_testkit.state import assembled, copied, exported
 from torch import Tensor, nn
 
-from .helpers import Run, assembled, build, make_optimizer
+from .helpers import Run, build, make_optimizer
 
 pytestmark = pytest.mark.rung_c
 
@@ -27,10 +28,10 @@ def record(rank: Rank, run: Run) -> Recorded:
             loss = model(micro_batch(step * run.num_micro_batches + index))
             loss.backward()
             losses.append(loss.item())
-        grads = [(p.name, p.role, p.shape, p.start, p.data.clone()) for p in sharded.gradients()]
+        grads = copied(sharded.gradients())
         norm = sharded.grad_norm().value
         sharded.step(min(1.0, run.clip / (norm + 1e-6)) if run.clip else 1.0)
-        params = [(p.name, p.role, p.shape, p.start, p.data.clone()) for p in sharded.state().pieces]
+        params = exported(sharded)
         steps.append((losses, grads, params, norm))
     return steps
 

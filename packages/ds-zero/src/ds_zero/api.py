@@ -25,7 +25,7 @@ from .wrap import Group, units_of
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives, ParamGroups, ShardKernels, UpdateRule
 
-logger = logging.getLogger("ds_zero")
+logger = logging.getLogger(__package__)
 
 _TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
 _FROZEN = -1  # parameter group of what no optimizer updates
@@ -109,27 +109,28 @@ def shard(
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     comm = parts.collectives or collectives_of(group, kernels)
-    _check_num_ranks(comm.size, config)
+    _check_num_ranks(comm, config)
     placements = placements_of(config.stage, comm.size)
-    shared = Resources(comm, StoragePool(), StoragePool(), placements, precision.gradient)
+    shared = Resources(comm, kernels, StoragePool(), StoragePool(), placements, precision.gradient)
     groups = _own_groups(model, param_groups) if make_optimizer else []
     group_of = {param: index for index, entry in enumerate(groups) for param in entry["params"]}
     units = _build_units(model, config, precision, group_of, shared)
     _broadcast_buffers(model, comm)
     optimizer = make_optimizer(_shard_groups(groups, units)) if make_optimizer else None
-    return Sharded(model, units, optimizer, update=parts.update, kernels=kernels, shared=shared)
+    return Sharded(model, units, optimizer, update=parts.update, shared=shared)
 
 
-def _check_num_ranks(num_ranks: int, config: ZeroConfig) -> None:
-    if num_ranks & (num_ranks - 1) == 0:
+def _check_num_ranks(comm: Collectives, config: ZeroConfig) -> None:
+    if comm.size & (comm.size - 1) == 0:
         return
     message = (
-        f"{num_ranks} ranks: not a power of two, so gradients are added in another order than on one rank and "
+        f"{comm.size} ranks: not a power of two, so gradients are added in another order than on one rank and "
         "results agree with other numbers of ranks to rounding only"
     )
     if config.require_exact:
         raise ValueError(f"{message}; use a power of two, or require_exact=False")
-    logger.warning(message)
+    if comm.rank == 0:
+        logger.warning(message)
 
 
 def _own_groups(model: nn.Module, param_groups: ParamGroups | None) -> ParamGroups:

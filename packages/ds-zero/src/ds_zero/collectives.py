@@ -124,9 +124,13 @@ class PeerCollectives(_Grouped):
         """Sum slice ``rank`` of every rank's ``full`` into ``out``; see [Note: Ordered reduce-scatter]."""
         slices = self._slices(full)
         numel = out.numel()
-        scratch = self._borrow(full, (self.size - 1) * numel)
-        received = list(scratch[: (self.size - 1) * numel].view(self.size - 1, numel).unbind())
-        received.insert(self.rank, slices[self.rank])
+        own = slices[self.rank]
+        # one slice can be received where the sum will stand, unless this rank's own is there already
+        direct = [out] if out.dtype == full.dtype and out.data_ptr() != own.data_ptr() else []
+        num_others = self.size - 1 - len(direct)
+        scratch = self._borrow(full, num_others * numel)
+        received = direct + list(scratch[: num_others * numel].view(num_others, numel).unbind())
+        received.insert(self.rank, own)
         works = self._exchange(slices, received, tag=2 * key + 1)
         return Pending(works, self._sum_then_return(out, received, scratch))
 

@@ -29,7 +29,7 @@ from .layout import Layout
 from .placement import Placement, Placements
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Collectives, Handle
+    from ds_core.protocols import Collectives, Handle, ShardKernels
 
 
 class StoragePool:
@@ -45,9 +45,12 @@ class StoragePool:
     Example:
         >>> view = torch.empty(4)
         >>> pool, storage = StoragePool(), view.untyped_storage()
-        >>> storage.resize_(0); pool.lease(storage, 16); view.fill_(1.0).sum().item()
+        >>> _ = storage.resize_(0)
+        >>> pool.lease(storage, 16)
+        >>> view.fill_(1.0).sum().item()
         4.0
-        >>> pool.release(storage); storage.nbytes(), pool.nbytes
+        >>> pool.release(storage)
+        >>> storage.nbytes(), pool.nbytes
         (0, 16)
     """
 
@@ -75,10 +78,6 @@ class StoragePool:
             self._free.append(memory)
         else:
             storage.resize_(0)
-
-    def trim(self) -> None:
-        """Give memory that nobody has leased back to the allocator."""
-        self._free.clear()
 
     @property
     def nbytes(self) -> int:
@@ -109,6 +108,7 @@ class Resources(NamedTuple):
     """What the flats of one model share."""
 
     comm: Collectives
+    kernels: ShardKernels
     param_pool: StoragePool  # memory of whole parameters
     grad_pool: StoragePool  # memory of leaves
     placements: Placements

@@ -83,6 +83,12 @@ class TreeSum:
             self._levels[-1] = total
         return total
 
+    @property
+    def single(self) -> Tensor | None:
+        """The sum of all leaves, where it stands without adding anything; else None."""
+        partials = [partial for partial in self._levels if partial is not None]
+        return partials[0] if len(partials) == 1 else None
+
     def clear(self) -> None:
         """Forget all leaves; the memory stays for the next ones."""
         for partial in self._levels:
@@ -143,26 +149,40 @@ class FlatGradient:
         if self._pooled:
             self._leaf.untyped_storage().resize_(0)
         self._sum = TreeSum(layout.shard_numel, shared.gradient_dtype, device, home)
+        self._filling = False  # between the first gradient of a pass and begin_reduce
+        self._accepted: set[int] = set()  # parameters whose gradients stand in the leaf
         self._target: Tensor | None = None  # 1D, receives the sum over ranks that is under way
+        self._granule = layout.granule
+        self._squares: Tensor | None = None  # 1D, of the sum so far, see [Note: Norm tree]
+
+    def accept(self, index: int) -> None:
+        """Take over the gradient of parameter ``index``; its ``grad`` is None afterwards.
+
+        Called as soon as autograd has written it, while it is in the cache and so that its memory serves the next.
+        """
+        if not self._filling:
+            self._start_leaf()
+        param, view = self._params[index], self._views[index]
+        if param.grad is None:
+            raise RuntimeError(f"parameter {index} of shape {list(param.shape)} has no gradient to accept")
+        if index in self._accepted:
+            view.add_(param.grad)
+        else:
+            view.copy_(param.grad)
+            self._accepted.add(index)
+        param.grad = None
 
     def begin_reduce(self) -> Handle:
-        """Move the parameters' gradients into the leaf and start to sum it over the ranks.
-
-        A parameter without a gradient counts as zero. ``param.grad`` is None afterwards.
-        """
-        if self._pooled:
-            self._shared.grad_pool.lease(self._leaf.untyped_storage(), self._leaf_bytes)
-            # the memory held another unit's gradient, and gaps count in sums and norms
-            for gap in self._gaps:
-                gap.zero_()
-        else:
-            self._sum.vacate()
-        for param, view in zip(self._params, self._views, strict=True):
-            if param.grad is None:
-                view.zero_()
-            else:
-                view.copy_(param.grad)
-                param.grad = None
+        """Start to sum the leaf over the ranks; a parameter without a gradient counts as zero."""
+        if not self._filling:
+            self._start_leaf()
+        for index, param in enumerate(self._params):
+            if param.grad is not None:
+                self.accept(index)
+            elif index not in self._accepted:
+                self._views[index].zero_()
+        self._filling = False
+        self._accepted.clear()
         self._target = self._sum.target()
         return self._shared.comm.reduce_scatter(self._target, self._leaf, key=self._key)
 
@@ -171,16 +191,27 @@ class FlatGradient:
         if self._target is None:
             raise RuntimeError("finish_reduce() without begin_reduce()")
         self._sum.push(self._target)
+        # of a power of two of leaves: nothing is left to add, and the sum is still in the cache
+        whole = self._sum.single
+        self._squares = None if whole is None else self._shared.kernels.chunk_sumsq(whole, self._granule)
         self._target = None
-        if self._pooled:
-            self._shared.grad_pool.release(self._leaf.untyped_storage())
+        self._end_leaf()
 
     def reduced(self) -> Tensor:
         """Return this rank's shard ([S]) of the sum over all micro-batches so far."""
         total = self._sum.total()
         if total is None:
-            raise RuntimeError("no gradient has been reduced since the last step: call backward() first")
+            raise RuntimeError(
+                "no gradient has been sent since the last step: the last backward pass of a step has to send (outside "
+                "no_sync, or after set_sync(enabled=True))"
+            )
         return total
+
+    def squares(self) -> Tensor:
+        """Return the float64 sums of squares of :meth:`reduced`, one for each granule of the layout."""
+        if self._squares is None:
+            self._squares = self._shared.kernels.chunk_sumsq(self.reduced(), self._granule)
+        return self._squares
 
     def for_optimizer(self) -> Tensor:
         """Return the sum where the optimizer works: [S], or [L] under replicated state. Communicates then."""
@@ -190,11 +221,30 @@ class FlatGradient:
         return self._full
 
     def clear(self) -> None:
-        """Forget the sum."""
+        """Forget the sum, and a leaf that was not sent."""
         self._sum.clear()
+        self._squares = None
+        if self._filling:
+            self._filling = False
+            self._accepted.clear()
+            self._end_leaf()
 
     @property
     def nbytes(self) -> int:
         """Bytes held from step to step, without pooled memory."""
         leaf = 0 if self._pooled else self._leaf_bytes
         return leaf + self._sum.nbytes + (0 if self._full is None else self._full.nbytes)
+
+    def _start_leaf(self) -> None:
+        self._filling = True
+        if self._pooled:
+            self._shared.grad_pool.lease(self._leaf.untyped_storage(), self._leaf_bytes)
+            # the memory held another unit's gradient, and gaps count in sums and norms
+            for gap in self._gaps:
+                gap.zero_()
+        else:
+            self._sum.vacate()
+
+    def _end_leaf(self) -> None:
+        if self._pooled:
+            self._shared.grad_pool.release(self._leaf.untyped_storage())

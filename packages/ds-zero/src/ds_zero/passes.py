@@ -4,14 +4,17 @@
 Parameters: a gradient has been accumulated. Modules of sharded units: before forward, the unit becomes whole; after
 forward, it may go, and each output tensor gets a hook that makes the unit whole again before its backward pass. The
 unit may go a second time when its last gradient has arrived: no node of its backward pass can still read a weight
-then, except a frozen one, so units with frozen parameters wait for the gradients of their inputs instead.
+then, except a frozen one, so units with frozen parameters wait for the gradients of their inputs, too. So do, at first
+and wherever the last pass had no gradient for some parameter, units of which autograd is asked how many will come.
 
 [Note: Backward pass]
 A pass opens with the first hook that fires and ends when autograd has finished, whoever called ``backward()``; each
-pass is one micro-batch. A unit's gradient leaves as soon as its last parameter has one. What has not left by the
-end of the pass (unused parameters) leaves then, zeros included: every unit is reduced exactly once per pass on every
-rank, so ranks cannot disagree on what is communicated. At most two reductions are in flight, which bounds the memory
-of leaves and receive buffers.
+pass in which a gradient arrives is one micro-batch (``torch.autograd.grad`` runs hooks, too, but writes none). The
+model's outputs have a hook so that a pass opens in the graph of the caller's ``backward()``, not in one of those that
+reentrant checkpointing runs within it. A unit's gradient leaves as soon as its last parameter has one. What has not
+left by the end of the pass (unused parameters) leaves then, zeros included: every unit is reduced exactly once per pass
+on every rank, so ranks cannot disagree on what is communicated. At most two reductions are in flight while a third leaf
+is written, which bounds the memory of leaves and receive buffers.
 """
 
 from __future__ import annotations
@@ -25,6 +28,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import get_gradient_edge
 from torch.utils import _pytree as pytree
 
 from .units import Phase, Residency, Unit
@@ -42,7 +46,7 @@ class Reducer:
     """
 
     def __init__(self, units: Sequence[Unit], on_end: Callable[[], None]) -> None:
-        self._units = [unit for unit in units if unit.trained_params]
+        self._units = [unit for unit in units if unit.num_trained]
         self._on_end = on_end
         self._open = False
         self._arrived: Counter[Unit] = Counter()
@@ -51,6 +55,9 @@ class Reducer:
         self._in_flight: deque[Unit] = deque()
         self.sync = True
         self.num_passes = 0  # since the last reset
+        self._partial = set(self._units)  # not known to have a gradient for each parameter
+        self._expected: Counter[Unit] = Counter()  # gradients of partial units in this pass
+        self._asked: set[tuple[Unit, int]] = set()  # in which graphs
 
     @property
     def is_open(self) -> bool:
@@ -66,21 +73,37 @@ class Reducer:
             )
             queue(self._end)
 
-    def arrive(self, unit: Unit) -> bool:
-        """Count one parameter gradient of ``unit``; True when it was the last one."""
+    def arrive(self, unit: Unit, flat: int, param: int) -> bool:
+        """Take one parameter gradient of ``unit``; True when all that is expected has come."""
         self.open()
         self._arrived[unit] += 1
         if self.sync and unit in self._sent:
             self._late.add(unit)
-        complete = self._arrived[unit] == len(unit.trained_params)
-        if complete and self.sync and unit not in self._late:
-            self.send(unit)
-        return complete
+        elif self.sync:
+            self._make_room()
+            unit.accept(flat, param)
+            if self._arrived[unit] == unit.num_trained and unit not in self._late:
+                self.send(unit)
+        return self.is_complete(unit)
+
+    def is_complete(self, unit: Unit) -> bool:
+        """Whether all gradients of ``unit`` that this pass computes have come."""
+        return self._arrived[unit] >= (self._expected[unit] if unit in self._partial else unit.num_trained)
+
+    def is_partial(self, unit: Unit) -> bool:
+        """Whether some parameters of ``unit`` may have no gradient: in the last pass they had none."""
+        return unit in self._partial
+
+    def expect(self, unit: Unit) -> None:
+        """Ask autograd how many gradients of a partial unit the graph that is running computes."""
+        graph = (unit, torch._C._current_graph_task_id())
+        if graph not in self._asked:
+            self._asked.add(graph)
+            self._expected[unit] += _gradients_to_come([p for flat in unit.trained_flats for p in flat.params])
 
     def send(self, unit: Unit) -> None:
-        """Start to reduce ``unit``; first finish the oldest reduction if there are too many."""
-        while len(self._in_flight) >= _MAX_IN_FLIGHT:
-            self._in_flight.popleft().finish_reduce()
+        """Start to reduce ``unit``."""
+        self._make_room()
         unit.begin_reduce()
         self._in_flight.append(unit)
         self._sent.add(unit)
@@ -88,23 +111,29 @@ class Reducer:
     def reset(self) -> None:
         """Forget an unfinished pass, and start to count passes anew."""
         self._finish_all()
-        self._open = False
-        self._arrived.clear()
-        self._sent.clear()
+        self._close()
         self.num_passes = 0
 
     def _end(self) -> None:
         self._finish_all()
-        if self.sync:
-            for unit in self._units:
-                if unit not in self._sent or unit in self._late:
-                    self.send(unit)
+        if self._arrived:
+            left = [unit for unit in self._units if unit not in self._sent or unit in self._late]
+            for unit in left if self.sync else []:
+                self.send(unit)
             self._finish_all()
-        self._arrived.clear()
-        self._sent.clear()
-        self._open = False
-        self.num_passes += 1
+            self._partial = {unit for unit in self._units if self._arrived[unit] < unit.num_trained}
+            self.num_passes += 1
+        self._close()
         self._on_end()
+
+    def _close(self) -> None:
+        self._open = False
+        for known in (self._arrived, self._expected, self._asked, self._sent):
+            known.clear()
+
+    def _make_room(self) -> None:
+        while len(self._in_flight) >= _MAX_IN_FLIGHT:
+            self._in_flight.popleft().finish_reduce()
 
     def _finish_all(self) -> None:
         while self._in_flight:
@@ -126,16 +155,18 @@ class Hooks:
 
     def install(self, unit: Unit, *, sharded: bool) -> None:
         """Install the hooks of ``unit``."""
-        for param in unit.trained_params:
-            param.register_post_accumulate_grad_hook(_weakly(self, unit))
+        for flat_index, flat in enumerate(unit.trained_flats):
+            for index, param in enumerate(flat.params):
+                param.register_post_accumulate_grad_hook(_weakly(self, unit, flat_index, index))
         if sharded:
             for module in unit.modules:
                 module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
                 module.register_forward_hook(partial(self._after_forward, unit))
 
     def guard(self, model: nn.Module) -> None:
-        """Refuse a forward pass after a backward pass that was cut off."""
+        """Refuse a forward pass after a backward pass that was cut off; open passes in the caller's graph."""
         model.register_forward_pre_hook(self._check_last_pass, prepend=True)
+        model.register_forward_hook(self._watch_outputs)
 
     # Forward #
 
@@ -143,16 +174,26 @@ class Hooks:
         if self._reducer.is_open and not _in_backward():
             raise RuntimeError(
                 "the last backward pass did not finish (did it raise?), so some gradients of its micro-batch are "
-                "summed and others are not: drop all gradients since the last step with step(None), on every rank"
+                "summed and others are not: drop all gradients since the last step, on every rank, with "
+                "drop_gradients() or the engine's zero_grad()"
             )
+
+    def _watch_outputs(self, _module: nn.Module, _args: Any, output: Any) -> None:
+        if torch.is_grad_enabled() and not _in_backward():
+            for tensor in pytree.tree_leaves(output):
+                if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
+                    tensor.register_hook(self._open_pass)
+
+    def _open_pass(self, _grad: Tensor) -> None:
+        self._reducer.open()
 
     def _before_forward(self, unit: Unit, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self._residency.need(unit, Phase.BACKWARD if _in_backward() else Phase.FORWARD)
-        if unit.has_frozen and torch.is_grad_enabled():
+        if (unit.has_frozen or self._reducer.is_partial(unit)) and torch.is_grad_enabled():
             inputs = [t for t in _tensors((args, kwargs), unit.name) if t.requires_grad]
             if inputs:
                 self._waiting_for_inputs.add(unit)
-                torch.autograd.graph.register_multi_grad_hook(inputs, partial(self._after_inputs, unit))
+                _when_all_have_gradients(inputs, partial(self._after_inputs, unit))
 
     def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, output: Any) -> None:
         if not _in_backward():
@@ -170,19 +211,22 @@ class Hooks:
         if not self._reducer.is_open:
             self._residency.end_pass(Phase.FORWARD)
         self._reducer.open()
+        if self._reducer.is_partial(unit):
+            self._reducer.expect(unit)
         self._residency.need(unit, Phase.BACKWARD)
 
-    def after_gradient(self, unit: Unit) -> None:
-        """Note that one parameter of ``unit`` has its gradient."""
-        if self._reducer.arrive(unit) and unit not in self._waiting_for_inputs:
+    def after_gradient(self, unit: Unit, flat: int, param: int) -> None:
+        """Note that one parameter of ``unit``, counted within one of its trained flats, has its gradient."""
+        if self._reducer.arrive(unit, flat, param) and unit not in self._waiting_for_inputs:
             self._residency.idle(unit)
 
-    def _after_inputs(self, unit: Unit, _grads: Any) -> None:
+    def _after_inputs(self, unit: Unit) -> None:
         self._waiting_for_inputs.discard(unit)
-        self._residency.idle(unit)
+        if self._reducer.is_complete(unit):
+            self._residency.idle(unit)
 
 
-def _weakly(hooks: Hooks, unit: Unit) -> Callable[[Tensor], None]:
+def _weakly(hooks: Hooks, unit: Unit, flat: int, param: int) -> Callable[[Tensor], None]:
     """Return a parameter's hook that keeps neither alive.
 
     The garbage collector does not see through these hooks (torch holds them in C++), so a strong reference would
@@ -193,9 +237,36 @@ def _weakly(hooks: Hooks, unit: Unit) -> Callable[[Tensor], None]:
     def after_gradient(_param: Tensor) -> None:
         alive_hooks, alive_unit = hooks_ref(), unit_ref()
         if alive_hooks is not None and alive_unit is not None:
-            alive_hooks.after_gradient(alive_unit)
+            alive_hooks.after_gradient(alive_unit, flat, param)
 
     return after_gradient
+
+
+def _when_all_have_gradients(tensors: Sequence[Tensor], then: Callable[[], None]) -> None:
+    """Call ``then`` once, when a backward pass has computed the gradients of all ``tensors``.
+
+    torch's ``register_multi_grad_hook`` holds the graph from within the graph, which the garbage collector cannot see.
+    """
+    left = len(tensors)
+
+    def count(_grad: Tensor) -> None:
+        nonlocal left
+        left -= 1
+        if left == 0:
+            for handle in handles:
+                handle.remove()  # an input may be a leaf, which outlives the graph
+            then()
+
+    handles = [tensor.register_hook(count) for tensor in tensors]
+
+
+def _gradients_to_come(params: Sequence[nn.Parameter]) -> int:
+    """Return how many gradients of ``params`` the graph that is running writes; more than all if that is unknown."""
+    nodes = [get_gradient_edge(param).node for param in params]
+    try:
+        return sum(torch._C._will_engine_execute_node(node) for node in nodes)
+    except RuntimeError:  # torch.autograd.grad, where the question is not supported
+        return len(params) + 1
 
 
 def _in_backward() -> bool:

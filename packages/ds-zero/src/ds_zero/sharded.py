@@ -22,7 +22,7 @@ from .placement import Placement
 from .units import Phase, Residency, Unit
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Collectives, Json, ShardKernels, StateSource, UpdateRule
+    from ds_core.protocols import Json, StateSource, UpdateRule
 
     from .flat import Flat, Resources
     from .state import Piece
@@ -59,7 +59,6 @@ class Sharded:
         optimizer: torch.optim.Optimizer | None,
         *,
         update: UpdateRule,
-        kernels: ShardKernels,
         shared: Resources,
     ) -> None:
         self.module = module
@@ -67,8 +66,8 @@ class Sharded:
         self._units = list(units)
         self._flats = [flat for unit in units for flat in unit.flats]
         self._trained = [flat for flat in self._flats if flat.gradient is not None]
+        self._gradients = [flat.gradient for flat in self._flats if flat.gradient is not None]
         self._update = update
-        self._kernels = kernels
         self._shared = shared
         self._sharded = shared.placements.param is Placement.SHARD
         self._residency = Residency()
@@ -96,27 +95,43 @@ class Sharded:
         Communicates a few bytes per thousand gradient elements; all ranks call it.
         """
         if self._norm is None:
-            self._norm = _grad_norm(self._trained, self._mean(), comm=self._shared.comm, kernels=self._kernels)
+            self._norm = self._measure_norm(self._mean())
         return self._norm
 
-    def step(self, scale: float | None = 1.0) -> None:
+    def step(self, scale: float = 1.0) -> None:
         """Update the parameters with the mean gradient times ``scale``; all ranks call it.
 
         Args:
-            scale: For clipping or a loss scale. None drops the gradients and updates nothing.
+            scale: For clipping or a loss scale.
 
         Raises:
             RuntimeError: There is no gradient, or no optimizer.
         """
-        if scale is not None:
-            self._apply(scale)
+        if self.optimizer is None:
+            raise RuntimeError("this model was sharded without an optimizer: there is nothing to step")
+        factor = scale * self._mean()
+        updates = [flat.updates() for flat in self._trained]
+        done = self._update(self.optimizer, updates, factor)
+        refreshes = [self._trained[index].begin_refresh() for index in done]
+        for refresh in refreshes:
+            refresh.wait()
+        self._residency.drop_all()
+        self.drop_gradients()
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients since the last step, and update nothing; all ranks call it."""
         self._reducer.reset()
         self._norm = None
         for flat in self._trained:
             for param in flat.params:
                 param.grad = None  # of passes that did not send
-            if flat.gradient is not None:
-                flat.gradient.clear()
+        for gradient in self._gradients:
+            gradient.clear()
+
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes on this rank since the last step."""
+        return self._reducer.num_passes
 
     # Verbs of a pipeline #
 
@@ -133,7 +148,7 @@ class Sharded:
     def reduce(self, part: nn.Module) -> None:
         """Send the gradients below ``part`` now, during a backward pass."""
         for unit in self._units_below(part):
-            if unit.trained_params:
+            if unit.num_trained:
                 self._reducer.send(unit)
 
     # State #
@@ -152,20 +167,35 @@ class Sharded:
         shapes |= {name: buffer.shape for name, buffer in buffers.items()}
         return state.PartState(pieces, shapes, scalars)
 
-    def load_state(self, source: StateSource, *, optimizer: bool = True) -> None:
-        """Replace parameters and buffers, and with ``optimizer`` its state, by those of ``source``."""
+    def load_state(self, source: StateSource, *, optimizer: bool = True, strict: bool = True) -> None:
+        """Replace parameters and buffers, and with ``optimizer`` its state, by those of ``source``.
+
+        Nothing is changed before all of it has been found to fit.
+
+        Args:
+            source: What to read from.
+            optimizer: Whether to load the optimizer's state and settings.
+            strict: Whether a tensor that ``source`` lacks is an error; without, it stays as it is.
+
+        Raises:
+            ValueError: A tensor is missing or has another shape, or the optimizer is another one.
+        """
         with_optimizer = self.optimizer if optimizer else None
         saved = cast("Mapping[str, Any]", source.scalars.get("optimizer") or {})
+        buffers = state.persistent_buffers(self.module)
         if with_optimizer is not None:
             state.check_optimizer(with_optimizer, saved)
+        trained = self._trained if with_optimizer is not None else []
+        wanted = state.wanted(self._flats, trained, buffers, source)
+        known = state.check_tensors(wanted, source, strict=strict)
         self._residency.drop_all()
         for flat in self._flats:
-            state.load_params(flat, source)
+            state.load_params(flat, source, known)
             flat.load_master().wait()
-        state.load_buffers(state.persistent_buffers(self.module), source)
+        state.load_buffers(buffers, source, known)
         if with_optimizer is not None:
-            state.load_optimizer(self._trained, with_optimizer, source, saved)
-        self.step(None)
+            state.load_optimizer(trained, with_optimizer, source, saved, known)
+        self.drop_gradients()
 
     def gradients(self) -> Iterator[Piece]:
         """Yield this rank's pieces of the gradient *sums* since the last step."""
@@ -176,10 +206,9 @@ class Sharded:
         """Return what this rank holds."""
         held = [] if self.optimizer is None else self.optimizer.state.values()
         tensors = [value for entry in held for value in entry.values() if torch.is_tensor(value)]
-        grads = [flat.gradient.nbytes for flat in self._trained if flat.gradient is not None]
         return MemoryReport(
             param=sum(flat.param_bytes for flat in self._flats),
-            grad=sum(grads),
+            grad=sum(gradient.nbytes for gradient in self._gradients),
             state=sum(t.nbytes for t in tensors) + sum(flat.master_bytes for flat in self._trained),
             transient=self._shared.param_pool.peak_bytes + self._shared.grad_pool.peak_bytes,
             peak_units=self._residency.peak_units,
@@ -187,22 +216,28 @@ class Sharded:
 
     # Helpers #
 
-    def _apply(self, scale: float) -> None:
-        if self.optimizer is None:
-            raise RuntimeError("this model was sharded without an optimizer: there is nothing to step")
-        factor = scale * self._mean()
-        updates = [flat.updates() for flat in self._trained]
-        done = self._update(self.optimizer, updates, factor)
-        refreshes = [self._trained[index].begin_refresh() for index in done]
-        for refresh in refreshes:
-            refresh.wait()
-        self._residency.drop_all()
-
     def _mean(self) -> float:
-        num_micro_batches = self._reducer.num_passes * self._shared.comm.size
-        if num_micro_batches == 0:
+        if not self._trained:
+            raise RuntimeError(
+                "no parameter of this model is trained: it was sharded without an optimizer, or none of the parameters "
+                "given to the optimizer requires a gradient"
+            )
+        if self.micro_batches == 0:
             raise RuntimeError("no backward pass since the last step: call loss.backward() first")
-        return 1.0 / num_micro_batches
+        return 1.0 / (self.micro_batches * self._shared.comm.size)
+
+    def _measure_norm(self, scale: float) -> GradNorm:
+        """Return the L2 norm of ``scale`` times the sums; one small message (see [Note: Norm tree]).
+
+        It takes 8 bytes for each 64 to 4,096 gradient elements.
+        """
+        rows = [gradient.squares() for gradient in self._gradients]
+        gathered = self._shared.comm.gather_rows(torch.cat(rows))
+        chunks = _in_layout_order(gathered, [row.numel() for row in rows])
+        total = math.fsum(tree_root(_padded(chunks)).tolist())
+        if math.isfinite(total):
+            return GradNorm(math.sqrt(total) * scale, None)
+        return GradNorm(total, _first_not_finite(self._trained, chunks))
 
     def _end_pass(self) -> None:
         self._residency.end_pass(Phase.BACKWARD)
@@ -214,32 +249,6 @@ class Sharded:
     def _units_below(self, part: nn.Module) -> list[Unit]:
         below = set(part.modules())
         return [unit for unit in self._units if below.intersection(unit.modules)]
-
-
-def _grad_norm(flats: Sequence[Flat], scale: float, *, comm: Collectives, kernels: ShardKernels) -> GradNorm:
-    """Return the L2 norm of ``scale`` times the reduced gradients of ``flats``.
-
-    One small message per rank: 8 bytes for each 64 to 4,096 gradient elements (see [Note: Norm tree]).
-
-    Args:
-        flats: Trained flats, in the same order on every rank.
-        scale: Factor on the sums, for a mean.
-        comm: The ranks that hold the shards.
-        kernels: Sums of squares.
-    """
-    rows = []
-    for flat in flats:
-        if flat.gradient is not None:
-            rows.append(kernels.chunk_sumsq(flat.gradient.reduced(), flat.layout.granule))
-    if not rows:
-        return GradNorm(0.0, None)
-    gathered = comm.gather_rows(torch.cat(rows))
-    chunks = _in_layout_order(gathered, [row.numel() for row in rows])
-    squared = tree_root(_padded(chunks))
-    total = math.fsum(squared.tolist())
-    if math.isfinite(total):
-        return GradNorm(math.sqrt(total) * scale, None)
-    return GradNorm(total, _first_not_finite(flats, chunks))
 
 
 def _in_layout_order(gathered: Tensor, widths: Sequence[int]) -> list[Tensor]:

@@ -8,7 +8,7 @@ goes the other way round: each rank asks for the intervals its own layout needs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -20,6 +20,10 @@ if TYPE_CHECKING:
     from ds_core.protocols import Json, StateSource
 
 _PLAIN = (bool, int, float, str, type(None))
+_MAX_SHOWN = 8  # problems in one message
+
+Key = tuple[str, str]
+"""Role and name of a tensor."""
 
 
 class Piece(NamedTuple):
@@ -71,36 +75,70 @@ def buffer_pieces(buffers: Mapping[str, Tensor], rank: int) -> Iterator[Piece]:
 
 def optimizer_scalars(flats: Sequence[Flat], optimizer: torch.optim.Optimizer) -> dict[str, Json]:
     """Return hyperparameters and counters: equal for all shards of an elementwise optimizer."""
-    counters: dict[str, Json] = {}
+    counters: dict[str, dict[str, Json]] = {}  # by parameter group, whose shards all count alike
     for flat in flats:
         for segment in flat.segments:
             for key, value in optimizer.state.get(segment.master, {}).items():
                 if not _is_elementwise(value, segment):
-                    counters[key] = _encode_counter(key, value)
+                    counters.setdefault(str(segment.group), {})[key] = _encode_counter(key, value)
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params" and _is_plain(value)}
         for group in optimizer.param_groups
     ]
-    return {"class": type(optimizer).__name__, "groups": groups, "counters": counters}
+    return {"class": type(optimizer).__name__, "groups": groups, "counters": {**counters}}
 
 
 # Import #
 
 
-def load_params(flat: Flat, source: StateSource) -> None:
-    """Fill the master from ``source``."""
+def wanted(
+    flats: Sequence[Flat], trained: Sequence[Flat], buffers: Mapping[str, Tensor], source: StateSource
+) -> dict[Key, torch.Size]:
+    """Return the shape of every tensor to load; of the optimizer's roles those that ``source`` has."""
+    shapes: dict[Key, torch.Size] = {("buffer", name): buffer.shape for name, buffer in buffers.items()}
+    for role, of_role in [("param", flats), *((role, trained) for role in _optimizer_roles(source))]:
+        shapes |= {(role, slot.name): slot.shape for flat in of_role for slot in flat.layout.slots}
+    return shapes
+
+
+def check_tensors(shapes: Mapping[Key, torch.Size], source: StateSource, *, strict: bool) -> set[Key]:
+    """Return which of the tensors ``source`` holds.
+
+    Raises:
+        ValueError: One has another shape there, or with ``strict`` is missing.
+    """
+    held = {(role, name): shape for role in source.roles for name, shape in source.shapes_of(role).items()}
+    problems = [
+        f"{role} {name!r} has shape {list(shape)} here and {list(held[role, name])} there"
+        for (role, name), shape in shapes.items()
+        if held.get((role, name), shape) != shape
+    ]
+    if strict:
+        problems += [f"{role} {name!r} is missing there" for role, name in shapes if (role, name) not in held]
+    if problems:
+        more = f", and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
+        raise ValueError(
+            f"the state to load does not fit: {'; '.join(problems[:_MAX_SHOWN])}{more}; nothing was changed"
+        )
+    return held.keys() & shapes.keys()
+
+
+def load_params(flat: Flat, source: StateSource, known: Collection[Key]) -> None:
+    """Fill the master from ``source``, as far as it is ``known`` there."""
     first, last = flat.state_range
     for overlap in flat.layout.overlaps(first, last):
-        part = flat.master[overlap.offset : overlap.offset + overlap.numel]
-        source.read("param", overlap.slot.name, overlap.start, part)
+        if ("param", overlap.slot.name) in known:
+            part = flat.master[overlap.offset : overlap.offset + overlap.numel]
+            source.read("param", overlap.slot.name, overlap.start, part)
 
 
-def load_buffers(buffers: Mapping[str, Tensor], source: StateSource) -> None:
-    """Fill the model's buffers from ``source``."""
+def load_buffers(buffers: Mapping[str, Tensor], source: StateSource, known: Collection[Key]) -> None:
+    """Fill the model's buffers from ``source``, as far as they are ``known`` there."""
     for name, buffer in buffers.items():
-        flat = torch.empty(buffer.numel(), dtype=buffer.dtype, device=buffer.device)
-        source.read("buffer", name, 0, flat)
-        buffer.copy_(flat.view(buffer.shape))
+        if ("buffer", name) in known:
+            flat = torch.empty(buffer.numel(), dtype=buffer.dtype, device=buffer.device)
+            source.read("buffer", name, 0, flat)
+            buffer.copy_(flat.view(buffer.shape))
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer, scalars: Mapping[str, Any]) -> None:
@@ -117,15 +155,25 @@ def check_optimizer(optimizer: torch.optim.Optimizer, scalars: Mapping[str, Any]
 
 
 def load_optimizer(
-    flats: Sequence[Flat], optimizer: torch.optim.Optimizer, source: StateSource, scalars: Mapping[str, Any]
+    flats: Sequence[Flat],
+    optimizer: torch.optim.Optimizer,
+    source: StateSource,
+    scalars: Mapping[str, Any],
+    known: Collection[Key],
 ) -> None:
-    """Replace the optimizer's state and hyperparameters by those of ``source``."""
-    roles = [role for role in source.roles if role not in ("param", "buffer")]
+    """Replace the optimizer's state and hyperparameters by those of ``source``, as far as ``known`` there."""
     for flat in flats:
         for segment in flat.segments:
-            state = {key: _decode_counter(value) for key, value in scalars["counters"].items()}
-            for role in roles:
-                state[role] = _read_role(flat, segment, role, source)
+            counters = scalars["counters"].get(str(segment.group), {})
+            state = {key: _decode_counter(value) for key, value in counters.items()}
+            before = optimizer.state.pop(segment.master, {})
+            for role in _optimizer_roles(source):
+                values = before.get(role, torch.zeros_like(segment.master, requires_grad=False))
+                state[role] = values
+                for overlap in flat.layout.overlaps(segment.start, segment.start + values.numel()):
+                    if (role, overlap.slot.name) in known:
+                        part = values[overlap.offset : overlap.offset + overlap.numel]
+                        source.read(role, overlap.slot.name, overlap.start, part)
             if state:
                 optimizer.state[segment.master] = state
     for group, saved in zip(optimizer.param_groups, scalars["groups"], strict=True):
@@ -133,12 +181,8 @@ def load_optimizer(
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
-def _read_role(flat: Flat, segment: Segment, role: str, source: StateSource) -> Tensor:
-    values = torch.zeros_like(segment.master, requires_grad=False)
-    for overlap in flat.layout.overlaps(segment.start, segment.start + values.numel()):
-        part = values[overlap.offset : overlap.offset + overlap.numel]
-        source.read(role, overlap.slot.name, overlap.start, part)
-    return values
+def _optimizer_roles(source: StateSource) -> list[str]:
+    return [role for role in source.roles if role not in ("param", "buffer")]
 
 
 def _pieces(flat: Flat, role: str, values: Tensor, first: int) -> Iterator[Piece]:

@@ -47,7 +47,8 @@ class Unit:
         self.modules = list(modules)
         self.flats = list(flats)
         self.trained_flats = [flat for flat in flats if flat.gradient is not None]
-        self.trained_params = [param for flat in self.trained_flats for param in flat.params]
+        self.num_trained = sum(len(flat.params) for flat in self.trained_flats)
+        self._gradients = [flat.gradient for flat in flats if flat.gradient is not None]
         self.has_frozen = len(self.trained_flats) < len(self.flats)
         self.presence = Presence.SHARDED if sharded else Presence.WHOLE
         self._gathers: list[Handle] = []
@@ -83,16 +84,19 @@ class Unit:
 
     # Gradients #
 
+    def accept(self, flat: int, param: int) -> None:
+        """Take over the gradient of one parameter, counted within one of the trained flats."""
+        self._gradients[flat].accept(param)
+
     def begin_reduce(self) -> None:
         """Start to sum the gradients over the ranks."""
-        self._reductions = [flat.gradient.begin_reduce() for flat in self.trained_flats if flat.gradient]
+        self._reductions = [gradient.begin_reduce() for gradient in self._gradients]
 
     def finish_reduce(self) -> None:
         """Wait for the sums."""
-        for flat, reduction in zip(self.trained_flats, self._reductions, strict=True):
+        for gradient, reduction in zip(self._gradients, self._reductions, strict=True):
             reduction.wait()
-            if flat.gradient:
-                flat.gradient.finish_reduce()
+            gradient.finish_reduce()
         self._reductions.clear()
 
 

@@ -4,7 +4,7 @@
 A *block* is a child of a ``ModuleList`` or ``Sequential`` (or of a class the user names): its parameters form one
 unit. Whatever parameter is left belongs to the module that holds it directly; neighbouring left-overs are joined
 while they are small. A parameter shared by several blocks or modules (tied weights) forms a unit with all of its
-holders.
+holders. Modules of torch that read their children's parameters without calling them count as blocks.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ _SMALL = 1 << 20
 """Left-over modules are joined up to this many elements: below, latency costs more than the data."""
 
 _CONTAINERS = (nn.ModuleList, nn.Sequential)
+_READ_THEIR_CHILDREN = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)
 
 
 class Group(NamedTuple):
@@ -60,6 +61,8 @@ def units_of(model: nn.Module, classes: Sequence[str] = ()) -> list[Group]:
     if classes and not blocks:
         present = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(f"unit_classes {list(classes)} name no module of the model; it has {', '.join(present)}")
+    # one within a block stays part of that block: see _home
+    blocks |= {name: module for name, module in model.named_modules() if isinstance(module, _READ_THEIR_CHILDREN)}
     names = {param: name for name, param in model.named_parameters()}
     homes: dict[nn.Parameter, list[_Home]] = {}
     for module_name, module in model.named_modules():
