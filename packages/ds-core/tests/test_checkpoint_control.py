@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from ds_core._control import RankError, make_control, raise_errors, together
 from ds_core.checkpoint import SaveConfig, load_full, open_checkpoint, save, verify
-from ds_core.checkpoint.filesystem import LocalFilesystem
 
 VALUE = {"text": "\u00e9\u4e2d", "list": [1, 2.5, None, True], "empty": {}}
 NUMEL = 1000
@@ -32,12 +30,26 @@ def test_a_single_process_hears_itself():
         control.all_ok("disk full")
 
 
-def test_together_keeps_the_cause_and_lets_success_pass():
+def test_together_lets_success_pass_and_keeps_the_error():
     with together(make_control(None)):
         pass
-    with pytest.raises(RankError, match="rank 0: KeyError: 'x'") as caught, together(make_control(None)):
+    # a process that works alone raises what was raised
+    with pytest.raises(KeyError, match="x"), together(make_control(None)):
         raise KeyError("x")
-    assert isinstance(caught.value.__context__, KeyError)
+
+
+def test_together_raises_one_public_error_on_several_ranks():
+    def body(control):
+        with together(control):
+            if control.rank == 1:
+                raise KeyError("x")
+
+    from .checkpoint_kit import run_ranks
+
+    first, second = run_ranks(2, body)
+    assert type(first) is type(second) is ds_core.RankError
+    assert str(first) == str(second) == "rank 1: KeyError: 'x'"
+    assert isinstance(second.__context__, KeyError)
 
 
 def test_ranks_with_one_error_share_a_line():
@@ -45,13 +57,6 @@ def test_ranks_with_one_error_share_a_line():
         raise_errors(["late", None, "full", "full"])
     assert str(caught.value) == "rank 0: late\nranks 2, 3: full"
     raise_errors([None, None])
-
-
-class FullDisk(LocalFilesystem):
-    """Has no room for data."""
-
-    def write(self, file, data):
-        raise OSError(errno.ENOSPC, "No space left on device")
 
 
 def error_of(call, *arguments, **options):
@@ -70,7 +75,8 @@ def speak_and_save(control, directory):
     state = SimpleNamespace(pieces=[piece], shapes={"w": piece.shape}, scalars={"lr": 0.1})
     options = {"state": state, "run": {"rank": control.rank}, "control": control}
     small = SaveConfig(part_bytes=1024, piece_bytes=256)
-    disk = FullDisk() if control.rank == 1 else LocalFilesystem()
+    broken = SimpleNamespace(**{**vars(piece), "data": piece.data.to(torch.complex128)})
+    half_broken = SimpleNamespace(**{**vars(state), "pieces": [piece if control.rank == 0 else broken]})
     return {
         "gathered": control.gather([control.rank, "x" * (100_000 * control.rank), VALUE]),
         "heard": control.broadcast(VALUE if control.rank == 0 else "ignored"),
@@ -79,7 +85,7 @@ def speak_and_save(control, directory):
         "after": control.broadcast(control.rank),
         "path": str(save(directory, "a", config=small, **options)),
         "again": error_of(save, directory, "a", **options),
-        "full": error_of(save, directory, "b", filesystem=disk, **options),
+        "broken": error_of(save, directory, "b", **{**options, "state": half_broken}),
     }
 
 
@@ -123,7 +129,7 @@ def test_two_processes_save_one_checkpoint_and_fail_together(two_processes):
         seen = json.loads((two_processes / f"seen{rank}.json").read_text())
         assert seen["path"] == str(root / "a")
         assert seen["again"].startswith(f"ValueError: {root / 'a'} exists")
-        assert seen["full"] == "RankError: rank 1: OSError: [Errno 28] No space left on device"
+        assert seen["broken"].startswith("RankError: rank 1: ValueError: safetensors files hold")
     assert sorted(path.name for path in root.iterdir()) == [".lock", "a", "latest"]
     assert verify(root / "a") == []
     assert open_checkpoint(root).world_size == 2

@@ -14,11 +14,11 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ds_core._control import RankError, SingleControl
+from ds_core._control import SingleControl
 from ds_core.checkpoint import CheckpointError, load_full, open_checkpoint, published_tags, save, verify
 from ds_core.checkpoint.filesystem import LocalFilesystem
 
-from .test_checkpoint_kit import TINY, deal, run_ranks, whole
+from .checkpoint_kit import TINY, deal, run_ranks, whole
 
 LOSSES = ["nothing", "contents", *(f"names {mask:03b}" for mask in range(1, 8))]
 """Which of the last three names not synced are lost is a bit each; earlier ones share these bits in turn."""
@@ -255,7 +255,7 @@ def test_an_error_at_any_step_leaves_a_whole_checkpoint_or_none(tmp_path, first)
     save_step(shutil.copytree(first, tmp_path / "count"), 2, counter)
     for failing in range(1, counter.num_calls + 1):
         directory = shutil.copytree(first, tmp_path / f"fail{failing}")
-        with pytest.raises(RankError, match=r"rank 0: .*No space left on device"):
+        with pytest.raises((OSError, RuntimeError), match=r"No space left on device"):
             save_step(directory, 2, FailsOnce(failing))
         step = check_last(directory, {1, 2})
         drafts = [path.name for path in directory.iterdir() if path.name.startswith((".tmp-", ".latest-"))]

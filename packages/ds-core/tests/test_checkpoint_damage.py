@@ -13,7 +13,7 @@ import torch
 from ds_core.checkpoint import CheckpointError, load_full, open_checkpoint, verify
 from ds_core.checkpoint.manifest import decode_manifest, encode_manifest
 
-from .test_checkpoint_kit import deal, save_one, save_ranks
+from .checkpoint_kit import deal, save_one, save_ranks
 
 TENSORS = {
     "param/w": torch.arange(40.0),

@@ -16,7 +16,7 @@ from ds_core.checkpoint.problems import CheckpointError
 from ds_core.checkpoint.shards import _Staging
 from safetensors import safe_open
 
-from .test_checkpoint_kit import deal, same_bits, save_one, save_ranks
+from .checkpoint_kit import deal, same_bits, save_one, save_ranks
 
 TENSORS = {
     "param/small": torch.tensor([True, False, True]),

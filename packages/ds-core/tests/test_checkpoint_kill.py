@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NamedTuple
+from types import SimpleNamespace
 
 import ds_core
 import pytest
@@ -35,28 +35,13 @@ NUM_ELEMENTS = 10_000
 CONFIG = SaveConfig(part_bytes=16_384, piece_bytes=4_096)
 
 
-class Held(NamedTuple):
-    """A piece that is a whole tensor."""
-
-    name: str
-    role: str
-    shape: torch.Size
-    start: int
-    data: torch.Tensor
-
-
-class State(NamedTuple):
-    """All there is to save."""
-
-    pieces: list[Held]
-    shapes: dict[str, torch.Size]
-    scalars: dict[str, int]
-
-
-def state_of(step: int) -> State:
+def state_of(step: int) -> SimpleNamespace:
     shape = torch.Size([NUM_ELEMENTS])
-    pieces = [Held("w", role, shape, 0, torch.full(shape, float(step))) for role in ("param", "exp_avg")]
-    return State(pieces, {"w": shape}, {"step": step})
+    pieces = [
+        SimpleNamespace(name="w", role=role, shape=shape, start=0, data=torch.full(shape, float(step)))
+        for role in ("param", "exp_avg")
+    ]
+    return SimpleNamespace(pieces=pieces, shapes={"w": shape}, scalars={"step": step})
 
 
 def last_step(directory: Path) -> int:

@@ -9,12 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from ds_core._control import RankError
-from ds_core.checkpoint import load_full, open_checkpoint, save, verify
+from ds_core.checkpoint import RankError, load_full, open_checkpoint, save, verify
 from ds_core.checkpoint.filesystem import LocalFilesystem
 from ds_core.checkpoint.lock import DirectoryLock
 
-from .test_checkpoint_kit import TINY, Held, State, deal, run_ranks, save_one, save_ranks, whole
+from .checkpoint_kit import TINY, Held, State, deal, run_ranks, save_one, save_ranks, whole
 
 ONE = {"param/w": torch.ones(10)}
 TWO = {"param/w": torch.full((10,), 2.0)}
@@ -117,8 +116,8 @@ WRONG_STATES = {
 def test_a_state_that_is_not_whole_is_refused_on_every_rank_and_leaves_nothing(tmp_path, case):
     states, message = WRONG_STATES[case]
     for result in save_ranks(tmp_path, "a", states):
-        assert type(result) is RankError
-        assert "ValueError" in str(result)
+        assert type(result) is (RankError if len(states) > 1 else ValueError)
+        assert "ValueError" in repr(result)
         assert message in str(result)
     assert visible(tmp_path) == []
 
@@ -145,8 +144,8 @@ def test_what_is_not_json_is_refused_before_anything_is_written(tmp_path, where)
     given = {"run": {}, "scalars": {}, where: {"x": torch.ones(1)}}
     state = whole(ONE, given["scalars"])
     (result,) = save_ranks(tmp_path, "a", [state], run=given["run"], filesystem=WritesNothing())
-    assert type(result) is RankError
-    assert str(result) == "rank 0: TypeError: Object of type Tensor is not JSON serializable"
+    assert type(result) is TypeError
+    assert str(result) == "Object of type Tensor is not JSON serializable"
     assert visible(tmp_path) == []
 
 
@@ -212,7 +211,7 @@ class LosesLatest(LocalFilesystem):
 def test_a_checkpoint_published_without_its_announcement_is_still_found(tmp_path, caplog):
     save_one(tmp_path, "a", ONE)
     with pytest.raises(
-        RankError, match=r"b is whole and can be loaded, but making 'latest' name it failed: .*permitted"
+        RuntimeError, match=r"b is whole and can be loaded, but making 'latest' name it failed: .*permitted"
     ):
         save_one(tmp_path, "b", TWO, filesystem=LosesLatest())
     assert (tmp_path / "latest").read_text().strip() == "a"
@@ -225,7 +224,7 @@ def test_a_checkpoint_published_without_its_announcement_is_still_found(tmp_path
 def test_an_old_announcement_does_not_outlive_a_new_latest(tmp_path, by):
     for tag in ["z", "a"]:
         save_one(tmp_path, tag, ONE)
-    with pytest.raises(RankError):
+    with pytest.raises(RuntimeError, match="is whole and can be loaded"):
         save_one(tmp_path, "b", TWO, filesystem=LosesLatest())
     if by == "a person":
         (tmp_path / "latest").write_text("z")
@@ -246,7 +245,7 @@ def leftovers(tmp_path):
 
 
 def test_leftovers_go_with_the_next_successful_save(tmp_path, leftovers):
-    with pytest.raises(RankError):
+    with pytest.raises(ValueError, match=r"torch\.complex128"):
         save_one(tmp_path, "a", {"param/w": torch.zeros(1, dtype=torch.complex128)})
     assert visible(tmp_path) == leftovers
     save_one(tmp_path, "a", ONE)
@@ -276,7 +275,7 @@ def test_another_failure_of_the_lock_is_an_error(tmp_path, monkeypatch):
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(RankError, match="Input/output error"):
+    with pytest.raises(OSError, match="Input/output error"):
         save_one(tmp_path, "a", ONE)
 
 
@@ -295,7 +294,7 @@ def test_a_leftover_that_cannot_be_removed_is_a_warning_not_a_failed_save(tmp_pa
 
 
 def test_a_failed_draft_that_cannot_be_removed_does_not_hide_the_error(tmp_path):
-    with pytest.raises(RankError, match=r"torch\.complex128"):
+    with pytest.raises(ValueError, match=r"torch\.complex128"):
         save_one(tmp_path, "a", {"param/w": torch.zeros(1, dtype=torch.complex128)}, filesystem=CannotRemove())
     save_one(tmp_path, "a", ONE)
     assert visible(tmp_path) == ["a", "latest"]

@@ -13,7 +13,7 @@ from ds_core.checkpoint.container import DTYPES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from .test_checkpoint_kit import TINY, Held, State, deal, same_bits, save_one, save_ranks, whole
+from .checkpoint_kit import TINY, Held, State, deal, same_bits, save_one, save_ranks, whole
 
 SETTINGS = settings(database=None, deadline=None, max_examples=60)
 
@@ -199,3 +199,21 @@ def test_gpu_tensors_are_staged_and_read_back(tmp_path):
     out = torch.zeros(900, device="cuda", dtype=torch.bfloat16)
     open_checkpoint(tmp_path).read("param", "w", 50, out)
     assert torch.equal(out, tensor[50:950].bfloat16())
+
+
+def test_tied_parameters_are_read_under_all_their_names(tmp_path):
+    class Tied(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed = torch.nn.Embedding(4, 2)
+            self.head = torch.nn.Linear(2, 4, bias=False)
+            self.head.weight = self.embed.weight
+
+    model, other = Tied(), Tied()
+    (path,) = save_ranks(
+        tmp_path,
+        "a",
+        [whole({"param/embed.weight": model.embed.weight.detach()}, {"aliases": {"head.weight": "embed.weight"}})],
+    )
+    other.load_state_dict(load_full(path))
+    assert torch.equal(other.head.weight, model.embed.weight)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from ds_core.checkpoint import check_shapes, open_checkpoint
 
-from .test_checkpoint_kit import save_one
+from .checkpoint_kit import save_one
 
 SAVED = {"param/w": torch.ones(2, 3), "buffer/mean": torch.ones(3), "exp_avg/w": torch.ones(2, 3)}
 FITTING = {"w": torch.Size([2, 3]), "mean": torch.Size([3])}

@@ -98,7 +98,7 @@ def test_errors_in_a_plugins_section_name_path_value_and_expectation(section, me
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("role", ["partitioner", "collectives", "store", "pipeline", "attention", "monitor"])
+@pytest.mark.parametrize("role", ["partitioner", "collectives"])
 def test_a_section_named_after_a_role_selects_any_plugin(role):
     load = Plugins(mine=FakePlugin(Settings))
     config = parsed(load, **{role: {"name": "mine", "stage": 1}})
@@ -106,14 +106,23 @@ def test_a_section_named_after_a_role_selects_any_plugin(role):
     assert load.asked == [(f"ds.{role}", "mine")]
 
 
+@pytest.mark.parametrize("role", ["store", "pipeline", "attention", "monitor"])
+def test_a_role_that_is_not_composed_is_refused_unless_it_is_off(role):
+    load = Plugins(mine=FakePlugin(Settings))
+    with pytest.raises(ValueError, match=rf"{role}.* asks for composing a plugin of the group 'ds.{role}', which this"):
+        parsed(load, **{role: {"name": "mine"}})
+    assert load.asked == []
+    assert parsed(load, **{role: {}}).plugins == {}
+
+
 def test_auto_in_such_a_section_is_left_to_the_plugin():
-    config = parsed(Plugins(mine=FakePlugin(Settings)), store={"name": "mine", "names": ["auto"]})
-    assert config.plugins["store"].config.names == ("auto",)
+    config = parsed(Plugins(mine=FakePlugin(Settings)), collectives={"name": "mine", "names": ["auto"]})
+    assert config.plugins["collectives"].config.names == ("auto",)
 
 
 def test_such_a_section_must_name_its_plugin():
-    with pytest.raises(ValueError, match=r"store must name its plugin: .*; got \{'stage': 1\}"):
-        parsed(Plugins(), store={"stage": 1})
+    with pytest.raises(ValueError, match=r"collectives must name its plugin: .*; got \{'stage': 1\}"):
+        parsed(Plugins(), collectives={"stage": 1})
 
 
 def test_deepspeeds_pipeline_section_selects_nothing():
@@ -125,9 +134,9 @@ def test_deepspeeds_pipeline_section_selects_nothing():
 
 def test_a_plugin_without_settings_takes_none():
     load = Plugins(bare=FakePlugin(None))
-    assert parsed(load, monitor={"name": "bare"}).plugins["monitor"].config is None
-    with pytest.raises(ValueError, match=r"the plugin 'bare' has no settings, but monitor = \{'path': 'x'\}"):
-        parsed(load, monitor={"name": "bare", "path": "x"})
+    assert parsed(load, collectives={"name": "bare"}).plugins["collectives"].config is None
+    with pytest.raises(ValueError, match=r"the plugin 'bare' has no settings, but collectives = \{'path': 'x'\}"):
+        parsed(load, collectives={"name": "bare", "path": "x"})
 
 
 def test_the_partitioner_is_selected_once():

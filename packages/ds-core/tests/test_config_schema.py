@@ -18,8 +18,7 @@ RAW = {
     "optimizer": {"type": "Adam", "params": {"lr": 0.1, "adam_w_mode": False, "betas": [0.9, 0.95]}},
     "scheduler": {"type": "OneCycle", "params": {"cycle_min_lr": [0.1], "cycle_max_lr": 1}},
     "zero_optimization": {"stage": 2, "overlap_comm": True},
-    "store": {"name": "disk", "path": "/data"},
-    "monitor": {"name": "bare"},
+    "collectives": {"name": "disk", "path": "/data"},
     "fp16": {"enabled": True, "loss_scale": 128},
     "steps_per_print": float("inf"),
 }
@@ -63,8 +62,7 @@ def test_the_effective_configuration_parses_to_itself():
 def test_the_effective_configuration_has_all_defaults():
     values = effective(parse(RAW, 2, load))
     assert values["zero_optimization"] == {"stage": 2, "names": ["Block"]}
-    assert values["store"] == {"name": "disk", "path": "/data"}
-    assert values["monitor"] == {"name": "bare"}
+    assert values["collectives"] == {"name": "disk", "path": "/data"}
     assert values["scheduler"]["params"]["cycle_max_mom"] == 0.9
     assert values["fp16"]["loss_scale_window"] == 1000
     assert values["train_micro_batch_size_per_gpu"] == 4

@@ -85,6 +85,14 @@ def test_steps_per_print_may_be_infinite():
             "fp16: is refused: min_loss_scale = 16 must not be above the scale to start from, "
             "2 ** initial_scale_power = 8",
         ),
+        *(
+            (
+                {"fp16": {"enabled": True, "initial_scale_power": power}},
+                "fp16: is refused: initial_scale_power must be between 0 and 127, the exponent of the largest float32, "
+                f"got {power}",
+            )
+            for power in (2000, -1)
+        ),
     ],
 )
 def test_wrong_values_name_path_value_and_expectation(raw, message):

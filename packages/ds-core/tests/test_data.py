@@ -115,3 +115,11 @@ def test_a_position_within_a_step_of_other_ranks_is_an_error() -> None:
 def test_a_batch_is_made_by_the_callers_function() -> None:
     loader = TrainLoader(Numbers(8), dealing(), collate_fn=len)
     assert list(loader) == [2, 2, 2, 2]
+
+
+def test_tensors_go_to_the_device_wherever_they_stand():
+    def collate(samples: list[Tensor]) -> dict[str, object]:
+        return {"x": torch.stack(samples), "more": [(samples[0], "text")]}
+
+    batch = next(iter(TrainLoader(Numbers(8), dealing(), collate, device=torch.device("meta"))))
+    assert (batch["x"].device.type, batch["more"][0][0].device.type, batch["more"][0][1]) == ("meta", "meta", "text")

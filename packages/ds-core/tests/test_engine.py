@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from ds_core.engine import Engine, StepOutcome
+from ds_core.engine import Engine
 from ds_core.loss_scale import LossScale
+from ds_core.policy import StepOutcome
 from ds_core.schedules import Scheduler, WarmupLR
 
 from .plain import INF, NAN, Probe, engine_of
@@ -49,6 +50,18 @@ def test_small_gradients_are_not_clipped():
     engine, _ = engine_of(model, accumulation=1, clip=0.5)
     run(engine, 0.25)
     assert model.weight.item() == pytest.approx(-0.1 * 0.25)
+
+
+def test_a_backward_pass_without_the_loss_scale_is_refused():
+    model = Probe()
+    engine, _ = engine_of(model, accumulation=1, scale=LossScale(scale=8.0))
+    engine(torch.tensor(1.0)).backward()
+    with pytest.raises(RuntimeError, match=r"call engine.backward\(loss\)"):
+        engine.step()
+    assert model.weight.item() == 0.0
+    engine.zero_grad()
+    (outcome,) = run(engine, 1.0)
+    assert outcome.grad_norm == 1.0
 
 
 def test_loss_scale_cancels_out():
@@ -108,6 +121,10 @@ def test_boundary_can_be_set_from_outside():
     assert [outcome.boundary for outcome in run(engine, 1.0, 1.0)] == [True, True]
     engine.set_gradient_accumulation_boundary(is_boundary=False)
     assert [outcome.boundary for outcome in run(engine, *[1.0] * 5)] == [False] * 5
+    engine.set_gradient_accumulation_boundary(is_boundary=True)
+    assert run(engine, 7.0)[0].grad_norm == 2.0
+    engine.set_gradient_accumulation_boundary(is_boundary=None)
+    assert [outcome.boundary for outcome in run(engine, *[1.0] * 4)] == [False, False, False, True]
 
 
 def test_no_sync_is_undone_whatever_happens():
@@ -124,7 +141,7 @@ def test_zero_grad_drops_what_was_accumulated():
     engine, _ = engine_of(model, accumulation=2)
     run(engine, 100.0)
     engine.zero_grad()
-    run(engine, 2.0)
+    assert [outcome.boundary for outcome in run(engine, 1.0, 3.0)] == [False, True]
     assert model.weight.item() == pytest.approx(-0.2)
 
 
@@ -206,7 +223,7 @@ def test_training_goes_on_from_a_checkpoint(tmp_path):
     folder = engine.save_checkpoint(tmp_path, client_state={"epoch": 3})
     assert folder == str(tmp_path / "global_step2")
     other = Probe()
-    resumed, _ = engine_of(other)
+    resumed, _ = engine_of(other, scale=LossScale(scale=4.0, window=2))
     assert resumed.load_checkpoint(tmp_path) == (folder, {"epoch": 3})
     assert torch.equal(other.weight, model.weight)
     assert resumed.counters == engine.counters
@@ -231,6 +248,6 @@ def test_saving_within_a_step_is_an_error(tmp_path):
 
 def test_client_state_must_be_json(tmp_path):
     engine, _ = engine_of(Probe())
-    with pytest.raises(ValueError, match=r"client_state.nested.tensor cannot be saved .* never pickled"):
+    with pytest.raises(ValueError, match=r"client_state.nested.tensor must be a JSON value, got .* never pickled"):
         engine.save_checkpoint(tmp_path, client_state={"nested": {"tensor": torch.ones(1)}})
     assert not list(tmp_path.iterdir())

@@ -73,10 +73,15 @@ def test_a_missing_plugin_lists_what_is_installed_and_what_to_install(install):
     with pytest.raises(MissingPluginError) as caught:
         load("ds.store", "disc")
     assert str(caught.value) == (
-        "no installed wheel offers a plugin 'disc' in the group 'ds.store'; installed there: disk, tape; the first "
-        "plugins of this group come with 'pip install ds-offload'; did you mean 'disk'?"
+        "no installed wheel offers a plugin 'disc' in the group 'ds.store'; installed there: disk, tape; no "
+        "wheel of ours offers any; did you mean 'disk'?"
     )
     assert caught.value.installed == ("disk", "tape")
+
+
+def test_a_missing_plugin_of_a_group_of_ours_names_the_wheel():
+    with pytest.raises(MissingPluginError, match="plugins of this group come with 'pip install ds-kernels'"):
+        load("ds.kernels", "no such backend")
 
 
 def test_two_wheels_with_one_name_are_both_named(install):

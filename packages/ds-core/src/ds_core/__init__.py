@@ -7,13 +7,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from ._control import RankError
     from .build import Training, initialize
-    from .engine import Engine, StepOutcome
+    from .engine import Engine
+    from .policy import StepOutcome
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "StepOutcome", "Training", "initialize"]
+__all__ = ["Engine", "RankError", "StepOutcome", "Training", "initialize"]
 
-_HOMES = {"Engine": ".engine", "StepOutcome": ".engine", "Training": ".build", "initialize": ".build"}
+_HOMES = {
+    "Engine": ".engine",
+    "RankError": "._control",
+    "StepOutcome": ".policy",
+    "Training": ".build",
+    "initialize": ".build",
+}
 
 
 def __getattr__(name: str) -> object:

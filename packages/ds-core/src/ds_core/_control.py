@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Protocol, cast
@@ -18,9 +19,14 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .protocols import Json
 
+_MAX_SETTLING, _POLL = 1.0, 1e-4  # seconds, see _settle
+
 
 class RankError(RuntimeError):
-    """Raised on every rank when at least one of them reported an error."""
+    """Raised on every rank when at least one of several reported an error; the text names ranks and errors.
+
+    A process that works alone raises the error itself instead.
+    """
 
 
 class Control(Protocol):
@@ -90,6 +96,7 @@ class GroupControl:
         row = self._to_device(message.ljust(int(nbytes)))  # JSON may end with spaces
         rows = [torch.empty_like(row) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(row, rows, group=self._group, group_dst=0)
+        _settle([nbytes, row, *(rows or [])])
         return None if rows is None else [_decode(row) for row in rows]
 
     def broadcast(self, obj: Json) -> Json:
@@ -99,6 +106,7 @@ class GroupControl:
         dist.broadcast(nbytes, group=self._group, group_src=0)
         row = self._to_device(message.ljust(int(nbytes)))
         dist.broadcast(row, group=self._group, group_src=0)
+        _settle([nbytes, row])
         return _decode(row)
 
     def all_ok(self, error: str | None) -> None:
@@ -109,6 +117,19 @@ class GroupControl:
     def _to_device(self, message: bytes) -> Tensor:
         # bytearray: torch warns about memory that it could write to but must not.
         return torch.frombuffer(bytearray(message), dtype=torch.uint8).to(self._device)
+
+
+def _settle(messages: Sequence[Tensor]) -> None:
+    """Wait until nobody else holds ``messages``.
+
+    A thread of gloo's holds a message for a moment after it has arrived. If it is the last one to let go, freeing the
+    message takes the interpreter's lock, and a program that ends at that moment aborts. nccl has no such thread.
+    """
+    messages = [message for message in messages if message.device.type == "cpu"]
+    deadline = time.monotonic() + _MAX_SETTLING
+    # torch's stubs lack _use_count
+    while any(m._use_count() > 1 for m in messages) and time.monotonic() < deadline:  # type: ignore[attr-defined]
+        time.sleep(_POLL)
 
 
 def make_control(group: dist.ProcessGroup | None, device: torch.device | None = None) -> Control:
@@ -130,7 +151,7 @@ def make_control(group: dist.ProcessGroup | None, device: torch.device | None = 
 
 @contextmanager
 def together(control: Control) -> Iterator[None]:
-    """Let all ranks leave the block, or raise :class:`RankError` on all of them.
+    """Let all ranks leave the block, or raise on all of them.
 
     Without it, an error on one rank would leave the others waiting in their next collective. For the same
     reason nothing inside the block may communicate.
@@ -142,18 +163,21 @@ def together(control: Control) -> Iterator[None]:
         Nothing.
 
     Raises:
-        RankError: The block failed on at least one rank; the text names the ranks and their errors.
+        RankError: The block failed on at least one of several ranks; the text names the ranks and their errors. A
+            process that works alone raises the error itself.
 
     Example:
         >>> with together(make_control(None)):
         ...     raise OSError("disk full")
         Traceback (most recent call last):
         ...
-        ds_core._control.RankError: rank 0: OSError: disk full
+        OSError: disk full
     """
     try:
         yield
     except Exception as error:
+        if control.size == 1:
+            raise
         control.all_ok(f"{type(error).__name__}: {error}")
         raise
     control.all_ok(None)

@@ -2,4 +2,4 @@
 
 import logging
 
-logger = logging.getLogger("ds_core")
+logger = logging.getLogger(__package__)

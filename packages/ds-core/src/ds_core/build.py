@@ -6,7 +6,9 @@ nobody below asks the configuration anything.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 import torch
@@ -19,9 +21,10 @@ from . import loss_scale, registry
 from ._control import make_control
 from ._log import logger
 from .data import Dealing, TrainLoader
-from .engine import Engine, StepPolicy
+from .engine import Engine
 from .optimizers import ClientMaker
-from .process_group import join_group, local_device
+from .policy import StepPolicy
+from .process_group import join_group, local_device, message_device
 from .protocols import (
     BuildContext,
     Collectives,
@@ -101,7 +104,7 @@ def initialize(
     )
     if rank == 0:
         configuration.announce(settings)
-    context = _context(settings, group)
+    context = _context(settings, group, local_device(group, model))
     model.to(context.device)
     groups = _param_groups(model, optimizer, model_parameters)
     maker = _optimizer_maker(settings, optimizer, groups, context)
@@ -113,7 +116,7 @@ def initialize(
         sharded,
         policy,
         scale=loss_scale.init(settings.fp16),
-        vault=Vault(make_control(group, context.device)),
+        vault=Vault(make_control(group, message_device(group, context.device))),
         lr_scheduler=schedule,
         training_dataloader=loader,
     )
@@ -123,27 +126,26 @@ def initialize(
 # Collaborators, in the order in which they are built #
 
 
-def _context(settings: Config, group: dist.ProcessGroup | None) -> BuildContext:
+def _context(settings: Config, group: dist.ProcessGroup | None, device: torch.device) -> BuildContext:
     compute = torch.bfloat16 if settings.bf16.enabled else torch.float16 if settings.fp16.enabled else None
     bare = BuildContext(
-        device=local_device(),
+        device=device,
         compute_dtype=compute,
         group=group,
         gradient_dtype=_DTYPES[settings.data_types.grad_accum_dtype],
     )
-    kernels = _kernels(settings.kernels.backend, bare)
-    return BuildContext(
-        device=bare.device,
-        compute_dtype=compute,
-        group=group,
-        gradient_dtype=bare.gradient_dtype,
-        kernels=kernels,
+    return replace(
+        bare,
+        kernels=_kernels(settings.kernels.backend, bare),
         collectives=cast("Collectives | None", _selected(settings, "collectives", bare)),
     )
 
 
 def _kernels(name: str, context: BuildContext) -> KernelBackend | None:
-    """Return the named backend; ``auto`` is the first that can run here, or None for each plugin's torch default."""
+    """Return the named backend; ``auto`` is the one for the device, or ``reference`` where it cannot run.
+
+    None, where no backend is installed for the device, is each plugin's own default.
+    """
     if name != "auto":
         backend: KernelBackend = registry.load("ds.kernels", name).build(None, context)
         reason = backend.unusable()
@@ -156,10 +158,11 @@ def _kernels(name: str, context: BuildContext) -> KernelBackend | None:
         return None
     backend = registry.load("ds.kernels", wanted).build(None, context)
     reason = backend.unusable()
-    if reason is not None:
-        logger.warning("kernels: plain torch instead of the backend %r: %s", wanted, reason)
-        return None
-    return backend
+    if reason is None:
+        return backend
+    logger.warning("kernels: plain torch instead of the backend %r: %s", wanted, reason)
+    # given, so that no plugin chooses for itself and says the same again
+    return registry.load("ds.kernels", "reference").build(None, context) if "reference" in offered else None
 
 
 def _param_groups(model: nn.Module, optimizer: ClientOptimizer, model_parameters: Iterable[Any] | None) -> ParamGroups:
@@ -177,6 +180,11 @@ def _param_groups(model: nn.Module, optimizer: ClientOptimizer, model_parameters
 def _optimizer_maker(
     settings: Config, optimizer: ClientOptimizer, groups: ParamGroups, context: BuildContext
 ) -> OptimizerMaker | None:
+    if groups == [{"params": []}] and (optimizer is not None or settings.optimizer is not None):
+        raise ValueError(
+            "there is nothing to train: model_parameters is empty, or no parameter of the model requires a gradient; "
+            "pass what to train, or no optimizer"
+        )
     untested = settings.zero_allow_untested_optimizer
     if isinstance(optimizer, torch.optim.Optimizer):
         return ClientMaker(optimizer, allow_untested=untested)
@@ -211,7 +219,15 @@ def _schedule(
     if given is None:
         return None if settings.scheduler is None else Scheduler(optimizer, settings.scheduler)
     # every schedule of torch is an object with step(); what has none is a function that makes one
-    return given(optimizer) if callable(given) else given
+    schedule = given(optimizer) if callable(given) else given
+    try:
+        inspect.signature(schedule.step).bind()
+    except TypeError as error:
+        raise ValueError(
+            f"the engine calls step() of the schedule without arguments, got a {type(schedule).__name__}: {error}; "
+            "step that one yourself, over the optimizer that initialize() returns"
+        ) from None
+    return schedule
 
 
 def _policy(settings: Config, context: BuildContext, rank: int, num_ranks: int) -> StepPolicy:
@@ -242,4 +258,4 @@ def _loader(
         seed=settings.seed,
         drop_last=settings.dataloader_drop_last,
     )
-    return TrainLoader(dataset, dealing, collate_fn)
+    return TrainLoader(dataset, dealing, collate_fn, device=policy.device)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
@@ -93,15 +95,22 @@ class TrainLoader:
         dataset: Map-style, with a length.
         dealing: Who gets what.
         collate_fn: Makes a batch of a list of samples; None stacks tensors.
+        device: Where the tensors of a micro-batch go, also those in nested lists, tuples and dictionaries.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], dealing: Dealing, collate_fn: Callable[[list[Any]], Any] | None = None
+        self,
+        dataset: Dataset[Any],
+        dealing: Dealing,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        *,
+        device: torch.device | None = None,
     ) -> None:
         self._sampler = MicroBatchSampler(len(cast("Sized", dataset)), dealing)
         self._loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=self._sampler, collate_fn=collate_fn)
         self._num_ranks = dealing.num_ranks
         self._micro_size = dealing.micro_size
+        self._device = device
         self._epoch = 0
         self._taken = 0  # global micro-batches of this epoch that were handed out, on all ranks
         self._resumed = False
@@ -122,7 +131,7 @@ class TrainLoader:
         self._sampler.epoch, self._sampler.start = self._epoch, self._taken
         for batch in self._loader:
             self._taken += self._num_ranks
-            yield batch
+            yield batch if self._device is None else _moved(batch, self._device)
         self._next_epoch()
 
     def state_dict(self) -> dict[str, int]:
@@ -130,7 +139,20 @@ class TrainLoader:
         return {"epoch": self._epoch, "samples": self._taken * self._micro_size}
 
     def load_state_dict(self, state: Mapping[str, int]) -> None:
-        """Go on from a position, also one of another number of ranks."""
+        """Go on from a position, also one of another number of ranks.
+
+        Raises:
+            ValueError: See :meth:`check_state_dict`.
+        """
+        self.check_state_dict(state)
+        self._epoch, self._taken, self._resumed = state["epoch"], state["samples"] // self._micro_size, True
+
+    def check_state_dict(self, state: Mapping[str, int]) -> None:
+        """Raise unless :meth:`load_state_dict` can go on from a position.
+
+        Raises:
+            ValueError: It lies within a global micro-batch of this loader.
+        """
         epoch, samples = state["epoch"], state["samples"]
         if samples % (self._micro_size * self._num_ranks):
             raise ValueError(
@@ -138,7 +160,10 @@ class TrainLoader:
                 f"{self._micro_size} samples x {self._num_ranks} ranks: save at the end of an optimizer step, and "
                 "keep the global batch size"
             )
-        self._epoch, self._taken, self._resumed = epoch, samples // self._micro_size, True
 
     def _next_epoch(self) -> None:
         self._epoch, self._taken = self._epoch + 1, 0
+
+
+def _moved(batch: Any, device: torch.device) -> Any:
+    return pytree.tree_map_only(Tensor, lambda tensor: tensor.to(device), batch)

@@ -15,11 +15,12 @@ rank computes it, after a resize and after a resume. The generators' own states 
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -28,60 +29,17 @@ from torch.utils import _pytree as pytree
 
 from . import loss_scale
 from ._log import logger
+from .checkpoint import default_tag
+from .policy import Counters, StepOutcome, StepPolicy
+from .saving import check_fits, load_schedule
 
 if TYPE_CHECKING:
     import os
 
     from .data import TrainLoader
     from .loss_scale import LossScale
-    from .protocols import Json, LearningRateSchedule, Sharded
+    from .protocols import GradNorm, Json, LearningRateSchedule, Sharded
     from .saving import Vault
-
-
-class StepOutcome(NamedTuple):
-    """What a call of :meth:`Engine.step` did."""
-
-    boundary: bool  # whether it ended an optimizer step; if not, the rest is as of the last one that did
-    skipped: bool  # whether the update was left out because gradients were not finite
-    grad_norm: float | None  # L2 norm of the mean gradient before clipping; None before the first step
-    loss_scale: float  # that the micro-batches of this step ran with
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class StepPolicy:
-    """How the engine runs a step; fixed for its life."""
-
-    train_batch_size: int
-    """Samples of one optimizer step, on all ranks."""
-    micro_batch_size: int
-    """Samples of one forward pass on one rank."""
-    accumulation: int
-    """Forward passes of one optimizer step on one rank."""
-    device: torch.device
-    """Where the model is."""
-    rank: int = 0
-    """This rank among those that share the data."""
-    num_ranks: int = 1
-    """Ranks that share the data."""
-    clip: float = 0.0
-    """Largest norm of the mean gradient; 0 leaves it alone."""
-    skip_not_finite: bool = True
-    """Whether a step whose gradients are not finite is left out."""
-    max_skips: int = 100
-    """Steps in a row that may be left out before the run ends."""
-    cast_inputs: torch.dtype | None = None
-    """Data type that floating-point inputs of the model are cast to."""
-    seed: int = 0
-    """Key of random numbers in the forward pass."""
-
-
-class Counters(NamedTuple):
-    """How far training has come; saved in checkpoints."""
-
-    global_steps: int = 0  # optimizer steps, skipped ones included
-    micro_steps: int = 0  # micro-batches on this rank
-    skipped_steps: int = 0  # optimizer steps left out
-    skips_in_a_row: int = 0  # of them, without one that was made in between
 
 
 class Engine:
@@ -118,7 +76,10 @@ class Engine:
         self._outcome = StepOutcome(boundary=False, skipped=False, grad_norm=None, loss_scale=scale.scale)
         self._boundary: bool | None = None  # what set_gradient_accumulation_boundary said; None: count
         self._forwards = 0  # of the current micro-batch
-        self._pending = 0  # micro-batches whose gradients wait for an update
+        self._pending = 0  # micro-batches of this optimizer step that step() has counted
+        self._scaled = 0  # backward passes of this optimizer step that the loss scale was applied to
+        self._sync = True  # whether backward passes send; see no_sync()
+        self._sent = True  # whether the last one did
 
     # Training, in the order of a step #
 
@@ -139,7 +100,8 @@ class Engine:
     def backward(self, loss: Tensor) -> Tensor:
         """Run the backward pass of one micro-batch and reduce its gradients; returns ``loss``.
 
-        The loss is this micro-batch's mean: the engine averages over micro-batches and ranks.
+        The loss is this micro-batch's mean: the engine averages over micro-batches and ranks. A micro-batch has one
+        backward pass: where it has several losses, add them up.
         """
         if loss.numel() != 1:
             raise ValueError(f"backward() takes a scalar loss, got shape {list(loss.shape)}: reduce it with .mean()")
@@ -147,6 +109,8 @@ class Engine:
         scaled = loss if self._scale.scale == 1.0 else loss.float() * self._scale.scale
         with record_function("ds.backward"):
             scaled.backward()
+        self._sent = self._sync
+        self._scaled += 1
         return loss
 
     def step(self) -> StepOutcome:
@@ -156,22 +120,21 @@ class Engine:
             What was done.
 
         Raises:
-            RuntimeError: Too many steps in a row had gradients that are not finite, or the loss scale cannot go
-                lower; the text names the first parameter concerned.
+            RuntimeError: Backward passes and micro-batches do not agree, or there is no optimizer; nothing was changed.
+                Or too many steps in a row had gradients that are not finite, or the loss scale cannot go lower; then
+                the text names the first parameter concerned, where there is one.
         """
         boundary = self.is_gradient_accumulation_boundary()
+        micro_batches = self._checked_micro_batches(boundary=boundary)
+        scale = self._scale.scale
+        skipped, norm = self._update(scale) if boundary else (False, None)
+        self._counters = self._counters._replace(micro_steps=self._counters.micro_steps + micro_batches - self._pending)
         self._forwards = 0
-        self._pending = 0 if boundary else self._pending + 1
-        self._counters = self._counters._replace(micro_steps=self._counters.micro_steps + 1)
-        if not boundary:
+        self._pending, self._scaled = (0, 0) if boundary else (micro_batches, self._scaled)
+        if norm is None:
             self._outcome = self._outcome._replace(boundary=False)
             return self._outcome
-        scale = self._scale.scale
-        with record_function("ds.step"):
-            norm = self._sharded.grad_norm()
-            value = norm.value / scale
-            skipped = not math.isfinite(value) and self._policy.skip_not_finite
-            self._sharded.step(None if skipped else self._clip_factor(value) / scale)
+        value = norm.value / scale
         self._outcome = StepOutcome(boundary=True, skipped=skipped, grad_norm=value, loss_scale=scale)
         self._after_step(skipped=skipped, culprit=norm.culprit)
         return self._outcome
@@ -180,28 +143,37 @@ class Engine:
         """Whether the current micro-batch is the last one of its optimizer step."""
         if self._boundary is not None:
             return self._boundary
-        return (self._counters.micro_steps + 1) % self._policy.accumulation == 0
+        return self._pending + 1 >= self._policy.accumulation
 
-    def set_gradient_accumulation_boundary(self, *, is_boundary: bool) -> None:
-        """Say whether the next :meth:`step` updates, instead of counting micro-batches."""
+    def set_gradient_accumulation_boundary(self, *, is_boundary: bool | None) -> None:
+        """Say whether :meth:`step` updates, from now on, instead of counting micro-batches.
+
+        While it is said, ``step`` need not be called for micro-batches in between: every backward pass counts as one.
+
+        Args:
+            is_boundary: What holds until the next call; None returns to counting.
+        """
         self._boundary = is_boundary
 
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Within the block, backward passes add gradients up on each rank and send nothing.
 
-        Saves communication and costs memory for whole gradients; see ``set_sync`` of the partitioner.
+        Saves communication and costs memory for whole gradients. The last backward pass of an optimizer step has to
+        run outside.
         """
         self._sharded.set_sync(enabled=False)
+        self._sync = False
         try:
             yield
         finally:
+            self._sync = True
             self._sharded.set_sync(enabled=True)
 
     def zero_grad(self) -> None:
-        """Drop all gradients since the last optimizer step, on every rank."""
-        self._pending = 0
-        self._sharded.step(None)
+        """Drop all gradients since the last optimizer step, on every rank; the next micro-batch is its first."""
+        self._forwards = self._pending = self._scaled = 0
+        self._sharded.drop_gradients()
 
     def train(self, mode: bool = True) -> Engine:  # noqa: FBT001, FBT002 - torch's signature
         """Switch the model between training and evaluation."""
@@ -222,28 +194,31 @@ class Engine:
         Args:
             save_dir: Holds one folder per checkpoint; seen by all ranks.
             tag: Name of the folder; None: ``global_step<n>``.
-            client_state: JSON values of the caller's, returned by :meth:`load_checkpoint`.
+            client_state: JSON values of the caller's (keys are strings), returned by :meth:`load_checkpoint`.
 
         Returns:
             The checkpoint's folder.
 
         Raises:
-            ValueError: The tag exists, or ``client_state`` is not JSON.
+            ValueError: The tag exists, or ``client_state`` or the schedule's state holds what is not JSON.
+            RuntimeError: There are gradients that wait for an update.
+            RankError: On several ranks: it failed on one of them; the text names the rank and the error.
         """
-        if self._pending:
+        pending = self._sharded.micro_batches
+        if pending:
             raise RuntimeError(
-                f"save_checkpoint() within an optimizer step: the gradients of {self._pending} micro-batches would be "
+                f"save_checkpoint() within an optimizer step: the gradients of {pending} micro-batches would be "
                 "lost; save after a step() that updated (StepOutcome.boundary), or drop them with zero_grad()"
             )
         counters = self._counters._replace(micro_steps=self._counters.micro_steps * self._policy.num_ranks)
-        run: dict[str, Json] = {
+        run = {
             "counters": counters._asdict(),
-            "loss_scale": self._scale._asdict(),
-            "lr_scheduler": None if self.lr_scheduler is None else dict(self.lr_scheduler.state_dict()),
+            "loss_scale": loss_scale.moving(self._scale),
             "data": None if self.training_dataloader is None else self.training_dataloader.state_dict(),
-            "client_state": dict(client_state or {}),
+            "client_state": {} if client_state is None else client_state,
         }
-        return self._vault.save(save_dir, tag or f"global_step{self.global_steps}", self._sharded.state(), run)
+        tag = default_tag(self.global_steps) if tag is None else tag
+        return self._vault.save(save_dir, tag, self._sharded.state(), run, self.lr_scheduler)
 
     def load_checkpoint(
         self,
@@ -256,32 +231,41 @@ class Engine:
     ) -> tuple[str, dict[str, Any]]:
         """Go on from a checkpoint, whatever number of ranks and stage wrote it; all ranks call it.
 
-        Nothing is changed before the whole checkpoint has been verified and found to fit.
+        Nothing is changed before the whole checkpoint has been verified and found to fit. Then gradients that wait for
+        an update are dropped. Settings stay this run's: of a dynamic loss scale, only its position is loaded.
 
         Args:
             load_dir: Where it was saved.
-            tag: Which one; None: the last good one.
-            load_module_strict: Whether tensors that only one side has are errors.
-            load_optimizer_states: Whether to load more than parameters and buffers.
+            tag: Which one; None: the last good one, with a warning that says what was skipped.
+            load_module_strict: Whether tensors that only one side has are errors; otherwise they stay as they are.
+            load_optimizer_states: Whether to load the optimizer's state and settings, and the loss scale's position.
+                Without, they stay as they are; all the rest is loaded.
             load_lr_scheduler_states: Whether to load the schedule.
 
         Returns:
             The checkpoint's folder, and the caller's own state.
 
         Raises:
-            CheckpointError: It is damaged; the text names file and tensor.
-            ValueError: It does not fit the model or the optimizer.
+            CheckpointError: It is damaged; the text names file and tensor, and the tag to fall back to.
+            ValueError: There is no such tag, or it does not fit model, optimizer, schedule or data loader.
+            RankError: On several ranks: one of these, with the ranks that found it.
         """
-        opened = self._vault.open(load_dir, tag, self._sharded.state().shapes, strict=load_module_strict)
+        schedule = self.lr_scheduler if load_lr_scheduler_states else None
+        loader = self.training_dataloader
+        shapes = self._sharded.state().shapes
+        check = partial(check_fits, shapes=shapes, strict=load_module_strict, schedule=schedule, loader=loader)
+        opened = self._vault.open(load_dir, tag, check)
+        self._sharded.load_state(opened, optimizer=load_optimizer_states, strict=load_module_strict)
         run: Mapping[str, Any] = opened.run
-        self._sharded.load_state(opened, optimizer=load_optimizer_states)
+        self._forwards = self._pending = self._scaled = 0
         counters = Counters(**run["counters"])  # micro-batches of all ranks, whose number may have changed
-        self._counters = counters._replace(micro_steps=counters.micro_steps // self._policy.num_ranks)
-        self._scale = loss_scale.LossScale(**run["loss_scale"])
-        if load_lr_scheduler_states and self.lr_scheduler is not None and run["lr_scheduler"] is not None:
-            self.lr_scheduler.load_state_dict(run["lr_scheduler"])
-        if self.training_dataloader is not None and run["data"] is not None:
-            self.training_dataloader.load_state_dict(run["data"])
+        self._counters = counters._replace(micro_steps=-(-counters.micro_steps // self._policy.num_ranks))
+        if load_optimizer_states:
+            self._scale = loss_scale.resumed(self._scale, run["loss_scale"])
+        if schedule is not None:
+            load_schedule(schedule, run["lr_scheduler"])
+        if loader is not None and run["data"] is not None:
+            loader.load_state_dict(run["data"])
         return str(opened.path), dict(run["client_state"])
 
     # Properties #
@@ -308,6 +292,41 @@ class Engine:
 
     # Helpers #
 
+    def _checked_micro_batches(self, *, boundary: bool) -> int:
+        """Return the backward passes of this optimizer step; raise unless :meth:`step` can go on with them."""
+        if boundary and self.optimizer is None:
+            raise RuntimeError(
+                "there is no optimizer, so step() has nothing to update: pass one to initialize(), or add the section "
+                "'optimizer' to the configuration"
+            )
+        passes, counted = self._sharded.micro_batches, self._pending + 1
+        if passes != counted if self._boundary is None else boundary and not passes:
+            raise RuntimeError(
+                f"step() is called for the {counted}. micro-batch since the last update, but there were {passes} "
+                "backward passes: add the losses up and call backward() once per micro-batch, on parameters that are "
+                "trained, then step(); or drop the gradients with zero_grad()"
+            )
+        if self._scale.scale != 1.0 and passes != self._scaled:
+            raise RuntimeError("loss.backward() does not apply the loss scale of float16: call engine.backward(loss)")
+        if boundary and not self._sent:
+            raise RuntimeError(
+                f"the gradients of {passes} micro-batches were not reduced, because the last backward pass ran within "
+                "no_sync(): run the last one of each optimizer step outside, or drop the gradients with zero_grad()"
+            )
+        return passes
+
+    def _update(self, scale: float) -> tuple[bool, GradNorm]:
+        """Update the parameters, unless the gradients are not finite: then True is returned."""
+        with record_function("ds.step"):
+            norm = self._sharded.grad_norm()
+            value = norm.value / scale
+            skipped = not math.isfinite(value) and self._policy.skip_not_finite
+            if skipped:
+                self._sharded.drop_gradients()
+            else:
+                self._sharded.step(self._clip_factor(value) / scale)
+        return skipped, norm
+
     def _clip_factor(self, norm: float) -> float:
         clip = self._policy.clip
         # the small number is torch.nn.utils.clip_grad_norm_'s, which this equals
@@ -320,15 +339,24 @@ class Engine:
             skipped_steps=counters.skipped_steps + skipped,
             skips_in_a_row=counters.skips_in_a_row + 1 if skipped else 0,
         )
+        where = "the norm of the gradients" if culprit is None else f"the gradient of {culprit}"
         if skipped:
-            self._report_skip(culprit)
+            self._report_skip(f"{where} is not finite")
         elif self.lr_scheduler is not None:
-            self.lr_scheduler.step()
+            self._step_schedule(self.lr_scheduler)
         if self._scale.window:  # dynamic
-            self._scale = loss_scale.update(self._scale, skipped)
+            try:
+                self._scale = loss_scale.update(self._scale, skipped)
+            except RuntimeError as error:
+                raise RuntimeError(f"{where} is not finite: {error}") from None
 
-    def _report_skip(self, culprit: str | None) -> None:
-        where = f"the gradient of {culprit} is not finite"
+    def _step_schedule(self, schedule: LearningRateSchedule) -> None:
+        if self.optimizer is not None:
+            # torch's schedules leave this mark in the optimizer's step(), which an update in one pass does not call
+            vars(self.optimizer)["_opt_called"] = True
+        schedule.step()
+
+    def _report_skip(self, where: str) -> None:
         if self._counters.skips_in_a_row > self._policy.max_skips:
             raise RuntimeError(
                 f"{where}, and {self._counters.skips_in_a_row} optimizer steps in a row were left out for that reason: "
@@ -342,13 +370,7 @@ class Engine:
 
 @contextmanager
 def keyed_randomness(seed: int, index: int, repeat: int, device: torch.device) -> Iterator[None]:
-    """Draw random numbers from streams that depend on the arguments only.
-
-    Args:
-        seed: Of the run.
-        index: Global index of the micro-batch.
-        repeat: Forward passes of this micro-batch before this one.
-        device: Where the model is; its generator and the CPU's are keyed.
+    """Draw random numbers from streams that depend on the arguments only; see [Note: Keyed randomness].
 
     Example:
         >>> with keyed_randomness(1, 17, 0, torch.device("cpu")):
@@ -362,27 +384,15 @@ def keyed_randomness(seed: int, index: int, repeat: int, device: torch.device) -
     if device.type == "cuda":
         generators.append(torch.cuda.default_generators[device.index or 0])
     states = [generator.get_state() for generator in generators]
+    # hashed, so that neighbouring keys start unrelated streams
+    key = hashlib.blake2b(f"{seed} {index} {repeat}".encode(), digest_size=8).digest()
     for generator in generators:
-        generator.manual_seed(_mix(seed, index, repeat))
+        generator.manual_seed(int.from_bytes(key, "little", signed=True))
     try:
         yield
     finally:
         for generator, state in zip(generators, states, strict=True):
             generator.set_state(state)
-
-
-def _mix(*numbers: int) -> int:
-    """Hash integers into 63 bits, so that neighbouring keys start unrelated streams.
-
-    The mixing step is SplitMix64's (Steele, Lea, Flood: "Fast Splittable Pseudorandom Number Generators", 2014).
-    """
-    state = 0
-    for number in numbers:
-        state = (state ^ number) + 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
-        state = (state ^ state >> 27) * 0x94D049BB133111EB & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state & ((1 << 63) - 1)
 
 
 def _cast(value: Any, dtype: torch.dtype) -> Any:

@@ -9,16 +9,18 @@ the scale and restore the hysteresis; with *consecutive* hysteresis each of them
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from .config import Fp16
+    from .protocols import Json
 
 _FACTOR = 2.0
 
 
 class LossScale(NamedTuple):
-    """The loss scale and all that its next value depends on: JSON values, so a checkpoint holds it as it is."""
+    """The loss scale and all that its next value depends on; a checkpoint holds what :func:`moving` returns."""
 
     scale: float  # factor on the loss
     window: int = 0  # steps without overflow after which the scale doubles; 0: the scale is static
@@ -82,6 +84,49 @@ def update(state: LossScale, overflow: bool, /) -> LossScale:  # noqa: FBT001 - 
     if not state.window:
         return state
     return _after_overflow(state) if overflow else _after_success(state)
+
+
+def moving(state: LossScale, /) -> dict[str, Json] | None:
+    """Return what updates have moved, as JSON; None for a static scale.
+
+    The rest are settings, which each run has of its own.
+
+    Example:
+        >>> moving(LossScale(scale=8.0, window=2))
+        {'scale': 8.0, 'hysteresis': 1, 'step': 0, 'last_overflow': -1}
+    """
+    if not state.window:
+        return None
+    return {
+        "scale": state.scale,
+        "hysteresis": state.hysteresis,
+        "step": state.step,
+        "last_overflow": state.last_overflow,
+    }
+
+
+def resumed(state: LossScale, saved: Mapping[str, Any] | None, /) -> LossScale:
+    """Return ``state`` moved to where another run's was, within the bounds of this run's settings.
+
+    Args:
+        state: What this run started with.
+        saved: What :func:`moving` returned for the other run.
+
+    Returns:
+        ``state`` as it is where one of the two is static.
+
+    Example:
+        >>> resumed(LossScale(scale=8.0, window=5), moving(LossScale(scale=4.0, window=2))).scale
+        4.0
+    """
+    if not state.window or saved is None:
+        return state
+    return state._replace(
+        scale=max(saved["scale"], state.min_scale),
+        hysteresis=min(saved["hysteresis"], state.full_hysteresis),
+        step=saved["step"],
+        last_overflow=saved["last_overflow"],
+    )
 
 
 def _after_overflow(state: LossScale) -> LossScale:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from torch import nn
 
 from ._env import read_launch
 
@@ -26,9 +27,25 @@ def join_group() -> dist.ProcessGroup | None:
     return dist.group.WORLD
 
 
-def local_device() -> torch.device:
-    """Return the device of this process: its GPU where there is one, else the CPU."""
+def local_device(group: dist.ProcessGroup | None, model: nn.Module) -> torch.device:
+    """Return the device that this process trains on.
+
+    Args:
+        group: The ranks. One that communicates over nccl, or none at all, means this process's GPU where there is one.
+        model: Without nccl it stays where it is: on its GPU, or on the CPU.
+    """
     if not torch.cuda.is_available():
         return torch.device("cpu")
+    own = next((param.device for param in model.parameters() if param.is_cuda), None)
+    if group is not None and "cuda:nccl" not in dist.get_backend_config(group):
+        return own or torch.device("cpu")
     launch = read_launch()
-    return torch.device("cuda", 0 if launch is None else launch.local_rank)
+    if launch is not None:
+        return torch.device("cuda", launch.local_rank)
+    return own or torch.device("cuda", torch.cuda.current_device())
+
+
+def message_device(group: dist.ProcessGroup | None, device: torch.device) -> torch.device:
+    """Return where messages between ranks live: on the CPU where ``group`` takes its tensors, else ``device``."""
+    takes_cpu = group is None or "cpu:" in dist.get_backend_config(group)
+    return torch.device("cpu") if takes_cpu else device

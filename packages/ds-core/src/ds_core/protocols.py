@@ -28,15 +28,15 @@ ParamGroups: TypeAlias = "list[dict[str, Any]]"
 
 GROUPS = {
     "ds.partitioner": "ds-zero",
-    "ds.store": "ds-offload",
-    "ds.pipeline": "ds-pipe",
-    "ds.collectives": "ds-comm",
+    "ds.store": None,
+    "ds.pipeline": None,
+    "ds.collectives": None,
     "ds.optimizer": "ds-kernels",
-    "ds.attention": "ds-sparse-attn",
+    "ds.attention": None,
     "ds.kernels": "ds-kernels",
-    "ds.monitor": "ds-core",
+    "ds.monitor": None,
 }
-"""Entry-point groups, each with the wheel that ships the first plugin of it."""
+"""Entry-point groups, each with the wheel of ours that offers plugins of it, where there is one."""
 
 ROLE_VERSIONS = dict.fromkeys(GROUPS, 1)
 """The version of each role that this ds-core speaks."""
@@ -166,6 +166,9 @@ class StateSource(Protocol):
     def roles(self) -> Sequence[str]:
         """Roles present."""
 
+    def shapes_of(self, role: str) -> Mapping[str, torch.Size]:
+        """Return the shape of every tensor of one role, by name."""
+
     @property
     def scalars(self) -> Mapping[str, Json]:
         """As :attr:`PartState.scalars` was when saved."""
@@ -251,14 +254,25 @@ class Sharded(Protocol):
     def grad_norm(self) -> GradNorm:
         """Norm of the mean gradient over all micro-batches since the last step. Communicates; all ranks call it."""
 
-    def step(self, scale: float | None = 1.0) -> None:
-        """Update with the mean gradient times ``scale``; None drops the gradients. All ranks call it."""
+    @property
+    def micro_batches(self) -> int:
+        """Backward passes on this rank since the last step."""
+
+    def step(self, scale: float = 1.0) -> None:
+        """Update with the mean gradient times ``scale``, and drop the gradients. All ranks call it."""
+
+    def drop_gradients(self) -> None:
+        """Forget all gradients since the last step, and update nothing. All ranks call it."""
 
     def state(self) -> PartState:
         """Live views of all state, for a checkpoint."""
 
-    def load_state(self, source: StateSource, *, optimizer: bool = True) -> None:
-        """Replace all state; with ``optimizer=False`` only parameters and buffers."""
+    def load_state(self, source: StateSource, *, optimizer: bool = True, strict: bool = True) -> None:
+        """Replace all state, and drop the gradients; with ``optimizer=False`` only parameters and buffers.
+
+        With ``strict`` a tensor that ``source`` lacks is an error; without, it stays as it is, and so does the
+        optimizer's state of it. Raises before anything is written if something is missing or does not fit.
+        """
 
 
 class Partitioner(Protocol):

@@ -28,10 +28,11 @@ class MissingPluginError(PluginError):
     """
 
     def __init__(self, group: str, name: str, installed: tuple[str, ...]) -> None:
+        wheel = GROUPS[group]
+        cure = f"plugins of this group come with 'pip install {wheel}'" if wheel else "no wheel of ours offers any"
         super().__init__(
             f"no installed wheel offers a plugin {name!r} in the group {group!r}; "
-            f"installed there: {', '.join(installed) or 'none'}; the first plugins of this group come with "
-            f"'pip install {GROUPS[group]}'{did_you_mean(name, installed)}"
+            f"installed there: {', '.join(installed) or 'none'}; {cure}{did_you_mean(name, installed)}"
         )
         self.installed = installed
 

@@ -6,6 +6,7 @@ where, under which hash. Reading on another number of ranks is intersecting inte
 
 from __future__ import annotations
 
+from .._control import RankError
 from .layout import default_tag, published_tags
 from .load import check_shapes, load_full, open_checkpoint
 from .problems import CheckpointError
@@ -17,6 +18,7 @@ from .verify import verify
 __all__ = [
     "Checkpoint",
     "CheckpointError",
+    "RankError",
     "SaveConfig",
     "check_shapes",
     "default_tag",

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import cast
 
 import torch
 from torch import Tensor
 
+from .._log import logger
 from .folder import advice
 from .layout import LATEST, MANIFEST, check_tag, published_tags, read_latest, unannounced_tags
 from .problems import CheckpointError, listing
 from .read import Checkpoint
-
-_LOG: Final = logging.getLogger("ds_core")
 
 
 def open_checkpoint(directory: str | os.PathLike[str], tag: str | None = None) -> Checkpoint:
@@ -42,12 +40,44 @@ def open_checkpoint(directory: str | os.PathLike[str], tag: str | None = None) -
             return _open_named(root, tag)
         except CheckpointError as error:
             raise CheckpointError(f"{error}\n{advice(root / tag)}") from None
-    skipped: list[str] = []
-    for checkpoint in _attempts(root, skipped):
-        if skipped:
-            _LOG.warning("opening %s after skipping:\n%s", checkpoint.path, listing(skipped))
-        return checkpoint
-    raise CheckpointError(f"no checkpoint can be opened in {root}; found were:\n{listing(skipped) or '  nothing'}")
+    candidates = Candidates(root)
+    checkpoint = candidates.next()
+    candidates.report(checkpoint)
+    return checkpoint
+
+
+class Candidates:
+    """The checkpoints of a directory, the one to take first; each is opened when it is asked for.
+
+    Args:
+        directory: Holds one folder per checkpoint.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str]) -> None:
+        self._root = Path(directory)
+        self._skipped: list[str] = []
+        self._attempts = _attempts(self._root, self._skipped)
+
+    def next(self) -> Checkpoint:
+        """Return the next one whose manifest verifies, and whose files are there.
+
+        Raises:
+            CheckpointError: There is none left; the text says why each was passed over.
+        """
+        for checkpoint in self._attempts:
+            return checkpoint
+        raise CheckpointError(
+            f"no checkpoint can be opened in {self._root}; found were:\n{listing(self._skipped) or '  nothing'}"
+        )
+
+    def skip(self, checkpoint: Checkpoint, problems: Sequence[str]) -> None:
+        """Note why the one that was returned last is not taken."""
+        self._skipped.append(f"{checkpoint.tag} is damaged:\n{listing(problems)}")
+
+    def report(self, checkpoint: Checkpoint) -> None:
+        """Warn if others were passed over before ``checkpoint``."""
+        if self._skipped:
+            logger.warning("opening %s after skipping:\n%s", checkpoint.path, listing(self._skipped))
 
 
 def check_shapes(checkpoint: Checkpoint, shapes: Mapping[str, torch.Size], *, strict: bool = True) -> None:
@@ -106,8 +136,8 @@ def load_full(path: str | os.PathLike[str], role: str = "param") -> dict[str, Te
         role: ``param``, ``buffer`` or the optimizer's own name of it.
 
     Returns:
-        The tensors in their saved shapes and data types, by name, in CPU memory; a parameter without elements, of
-        which no rank had a piece, as float32.
+        The tensors in their saved shapes and data types, by name, in CPU memory; a tied parameter under each of its
+        names, as one tensor; a parameter without elements, of which no rank had a piece, as float32.
 
     Raises:
         ValueError: The checkpoint has no such role.
@@ -135,7 +165,8 @@ def load_full(path: str | os.PathLike[str], role: str = "param") -> dict[str, Te
         flat = torch.empty(shape.numel(), dtype=checkpoint.dtype(role, name))
         checkpoint.read(role, name, 0, flat)
         tensors[name] = flat.view(shape)
-    return tensors
+    aliases = cast("Mapping[str, str]", checkpoint.scalars.get("aliases", {}))
+    return tensors | {alias: tensors[name] for alias, name in aliases.items() if name in tensors}
 
 
 def _open_named(root: Path, tag: str) -> Checkpoint:
@@ -159,15 +190,14 @@ def _attempts(root: Path, skipped: list[str]) -> Iterator[Checkpoint]:
         skipped.append(
             f"{LATEST!r} names {latest}: a newer checkpoint was saved, but the save ended before renewing it"
         )
-        yield _newest(unannounced)
+        yield from _newest_first(unannounced)
     if latest is None:
         skipped.append(f"there is no file {LATEST!r}")
     else:
         yield from _open_all(root, [latest], skipped)
-    others = [tag for tag in published_tags(root) if tag != latest]
-    opened = list(_open_all(root, others, skipped))
-    if opened:
-        yield _newest(opened)
+    tried = {latest, *(checkpoint.tag for checkpoint in unannounced)}
+    others = [tag for tag in published_tags(root) if tag not in tried]
+    yield from _newest_first(_open_all(root, others, skipped))
 
 
 def _open_all(root: Path, tags: list[str], skipped: list[str]) -> Iterator[Checkpoint]:
@@ -178,5 +208,5 @@ def _open_all(root: Path, tags: list[str], skipped: list[str]) -> Iterator[Check
             skipped.append(f"{tag}: {error}")
 
 
-def _newest(checkpoints: list[Checkpoint]) -> Checkpoint:
-    return max(checkpoints, key=lambda checkpoint: checkpoint.created_ns)
+def _newest_first(checkpoints: Iterable[Checkpoint]) -> list[Checkpoint]:
+    return sorted(checkpoints, key=lambda checkpoint: checkpoint.created_ns, reverse=True)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import logging
 from pathlib import Path
 from types import TracebackType
 from typing import Final
 
+from .._log import logger
 from .layout import LOCK
 
-_LOG: Final = logging.getLogger("ds_core")
 _NO_LOCKS: Final = {errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOLCK}
 
 
@@ -52,7 +51,7 @@ class DirectoryLock:
         The shared lock is lost when the answer is no, so this is a save's last question.
         """
         if not self._supported:
-            _LOG.warning("%s: this filesystem has no locks, so nobody can say who else is saving here", self._path)
+            logger.warning("%s: this filesystem has no locks, so nobody can say who else is saving here", self._path)
             return False
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)

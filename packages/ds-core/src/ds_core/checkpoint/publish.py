@@ -10,7 +10,6 @@ shard files -> draft folder -> every rank tells rank 0 what it wrote -> manifest
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import time
 import uuid
@@ -18,7 +17,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from .._control import Control, RankError, together
+from .._control import Control, together
+from .._log import logger
 from .assemble import assemble
 from .container import require_little_endian
 from .filesystem import LOCAL_FILESYSTEM, Filesystem, write_file
@@ -30,7 +30,6 @@ from .shards import SaveConfig, write_share
 if TYPE_CHECKING:
     from ..protocols import Json, PartState
 
-_LOG: Final = logging.getLogger("ds_core")
 _DEFAULT_CONFIG: Final = SaveConfig()
 
 
@@ -64,7 +63,8 @@ def save(
 
     Raises:
         ValueError: The tag exists, or cannot name a folder.
-        RankError: It failed on at least one rank; the text names ranks and errors.
+        RankError: It failed on at least one of several ranks; the text names ranks and errors. A process that works
+            alone raises the error itself.
 
     Example:
         >>> import tempfile, torch
@@ -99,7 +99,7 @@ def save(
         draft = Draft(root, tag, str(draft_id))
         try:
             _write(draft, state, run, control=control, config=config, filesystem=filesystem)
-        except RankError:
+        except Exception:
             if is_leader:
                 _discard(draft, filesystem)
             raise
@@ -182,7 +182,7 @@ def _remove_leftovers(directory: Path, lock: DirectoryLock, filesystem: Filesyst
             return
         for path in found:
             filesystem.remove(path)
-            _LOG.info("removed %s, left by a save that was killed", path)
+            logger.info("removed %s, left by a save that was killed", path)
     except OSError as error:
         # The new checkpoint is published: a leftover is no reason to call its save failed.
-        _LOG.warning("leftovers of killed saves stay in %s: %s", directory, error)
+        logger.warning("leftovers of killed saves stay in %s: %s", directory, error)

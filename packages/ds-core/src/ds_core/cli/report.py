@@ -77,7 +77,7 @@ def _wheels(offering: set[str]) -> dict[str, str | None]:
     from ..protocols import GROUPS
 
     versions: dict[str, str | None] = {}
-    for name in sorted({"ds-core", *GROUPS.values(), *offering}):
+    for name in sorted({"ds-core", *filter(None, GROUPS.values()), *offering}):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 _BUFFERS = "units of parameters have fixed buffers, so there is no size to tune"
 _LIFETIME = "at most two units of parameters are whole at a time, whatever the model"
-_IN_PLACE = "gradients are written in place and sent as soon as their unit is done"
+_COLLECTED = "gradients are collected in one buffer for each unit and sent as soon as their unit is done"
 _ONE_WAY = "there is one way of communicating, and it needs no switch"
 _OFFLOAD = "nothing is offloaded while device is 'none'"
 _FORMAT = "checkpoints have one format, which loads on any number of ranks"
@@ -26,7 +26,7 @@ NO_EFFECT: Mapping[str, str] = {
     "zero_optimization.allgather_partitions": _ONE_WAY,
     "zero_optimization.allgather_sequential": _ONE_WAY,
     "zero_optimization.compute_grad_norm": "the norm is always computed",
-    "zero_optimization.contiguous_gradients": _IN_PLACE,
+    "zero_optimization.contiguous_gradients": _COLLECTED,
     "zero_optimization.cpu_offload_use_pin_memory": _OFFLOAD,
     "zero_optimization.elastic_checkpoint": _FORMAT,
     "zero_optimization.enable_sanity_checks": "wrong orders of calls are always errors",
@@ -63,7 +63,7 @@ NO_EFFECT: Mapping[str, str] = {
     "zero_optimization.prefetch_bucket_size": _BUFFERS,
     "zero_optimization.reduce_bucket_size": _BUFFERS,
     "zero_optimization.reduce_scatter": _ONE_WAY,
-    "zero_optimization.round_robin_gradients": _IN_PLACE,
+    "zero_optimization.round_robin_gradients": _COLLECTED,
     "zero_optimization.save_muon_momentum_buffer_in_memory": _OFFLOAD,
     "zero_optimization.stage3_allgather_sequential": _ONE_WAY,
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "whole weights can be saved at any time",
@@ -92,7 +92,7 @@ NO_EFFECT: Mapping[str, str] = {
     "gradient_predivide_factor": _MATCHING,
     "prescale_gradients": _MATCHING,
     "seq_parallel_communication_data_type": "sequences are not split over ranks",
-    "bf16.immediate_grad_update": _IN_PLACE,
+    "bf16.immediate_grad_update": _COLLECTED,
     "optimizer.legacy_fusion": "there is one fused implementation",
     "amp.*": _OFF,
     "msamp.*": "it is read by Hugging Face Accelerate, not here",

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from ..protocols import Json, Plugin
 
 
+_MAX_SCALE_POWER = 127  # the scaled loss is float32
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Fp16:
     """Training in float16 with a loss scale."""
@@ -50,6 +53,11 @@ class Fp16:
         ):
             if value <= 0:
                 raise ValueError(f"{name} must be positive for a dynamic loss scale, got {value}")
+        if not 0 <= self.initial_scale_power <= _MAX_SCALE_POWER:
+            raise ValueError(
+                f"initial_scale_power must be between 0 and {_MAX_SCALE_POWER}, the exponent of the largest float32, "
+                f"got {self.initial_scale_power}"
+            )
         if 2.0**self.initial_scale_power < self.min_loss_scale:
             raise ValueError(
                 f"min_loss_scale = {self.min_loss_scale} must not be above the scale to start from, "
@@ -130,7 +138,7 @@ class Config:
     kernels: Kernels = field(default_factory=Kernels)
     """The fused kernels."""
     plugins: Mapping[str, Choice] = field(default_factory=dict)
-    """Other plugins selected, by role: ``partitioner``, ``collectives``, ``store``, ..."""
+    """Other plugins selected, by role: ``partitioner``, ``collectives``."""
     no_effect: Mapping[str, str] = field(default_factory=dict)
     """Keys of the configuration that have no effect here, each with the reason."""
     chosen: Mapping[str, str] = field(default_factory=dict)
@@ -146,12 +154,9 @@ class Config:
 ROLE_GROUPS: Mapping[str, str] = {
     "partitioner": "ds.partitioner",
     "collectives": "ds.collectives",
-    "store": "ds.store",
-    "pipeline": "ds.pipeline",
-    "attention": "ds.attention",
-    "monitor": "ds.monitor",
 }
-"""Sections that select a plugin by ``{"name": ..., <its settings>}``, each with the plugin's group."""
+"""Sections that select a plugin by ``{"name": ..., <its settings>}``, each with the plugin's group. The roles that
+are not composed yet stand in ``unavailable.py``."""
 
 ZERO = "zero_optimization"
 """DeepSpeed's name for the section of the partitioner ``zero``."""

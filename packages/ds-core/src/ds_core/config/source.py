@@ -6,9 +6,10 @@ import base64
 import binascii
 import json
 from collections.abc import Mapping
-from numbers import Integral, Real
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
+
+from .._json import plain
 
 if TYPE_CHECKING:
     from ..protocols import Json
@@ -35,7 +36,7 @@ def read(source: Source) -> dict[str, Json]:
         {'train_batch_size': 8}
     """
     if isinstance(source, Mapping):
-        return {_key(key, ""): _plain(value, str(key)) for key, value in source.items()}
+        return cast("dict[str, Json]", plain(source, ""))
     text, origin = _text(source)
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -76,25 +77,3 @@ def _without_duplicates(pairs: list[tuple[str, Json]]) -> dict[str, Json]:
             )
         values[key] = value
     return values
-
-
-def _plain(value: object, path: str) -> Json:
-    """Copy a value of the caller's dictionary, making sure that it is JSON."""
-    if value is None or isinstance(value, (bool, str)):
-        return value
-    # NumPy's numbers count, because callers compute sizes with them.
-    if isinstance(value, Integral):
-        return int(value)
-    if isinstance(value, Real):
-        return float(value)
-    if isinstance(value, Mapping):
-        return {_key(key, path): _plain(each, f"{path}.{key}") for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(each, f"{path}[{index}]") for index, each in enumerate(value)]
-    raise ValueError(f"{path} must be a JSON value, got {value!r} of type {type(value).__name__}")
-
-
-def _key(key: object, path: str) -> str:
-    if not isinstance(key, str):
-        raise ValueError(f"keys must be strings, got {key!r} in {path or 'the configuration'}")
-    return key

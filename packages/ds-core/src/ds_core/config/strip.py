@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .check import unknown_key
 from .no_effect import NO_EFFECT
-from .sections import OWNED, ROLE_GROUPS
+from .sections import OWNED
 from .unavailable import UNAVAILABLE, Feature
 
 if TYPE_CHECKING:
@@ -67,7 +67,7 @@ class _Strip:
             path = f"{section}.{key}" if section else key
             if path in UNAVAILABLE:
                 self._refuse(path, value)
-            elif known_keys(path) and not _selects_plugin(path, value):
+            elif known_keys(path):
                 self._inner(kept, key, path, value)
             elif reason := NO_EFFECT.get(path) or _wildcard_reason(path):
                 self.no_effect[path] = reason
@@ -91,10 +91,6 @@ class _Strip:
             kept[key] = value
         elif value not in (None, "auto"):
             self.problems.append(f"{path} must be an object {{...}}; got {value!r}")
-
-
-def _selects_plugin(path: str, value: Json) -> bool:
-    return path in ROLE_GROUPS and isinstance(value, Mapping) and "name" in value
 
 
 def _wildcard_reason(path: str) -> str | None:

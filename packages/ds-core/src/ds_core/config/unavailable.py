@@ -20,6 +20,7 @@ class Feature(NamedTuple):
     wheel: str | None = None  # the wheel whose job it is, where there is one
 
 
+_ROLE = "composing a plugin of the group {}"
 _MONITOR = "writing scalars to {}"
 
 UNAVAILABLE: Mapping[str, Feature] = {
@@ -36,6 +37,11 @@ UNAVAILABLE: Mapping[str, Feature] = {
     "zero_optimization.zero_quantized_nontrainable_weights": Feature("quantized weights", (False,), "ds-comm"),
     "zero_optimization.zero_quantized_weights": Feature("quantized collectives", (False,), "ds-comm"),
     "zero_optimization.zeropp_loco_param": Feature("quantized collectives", (), "ds-comm"),
+    # Plugins of roles that the engine is not built with.
+    "attention": Feature(_ROLE.format("'ds.attention'"), (False, {})),
+    "monitor": Feature(_ROLE.format("'ds.monitor'"), (False, {})),
+    "pipeline.name": Feature(_ROLE.format("'ds.pipeline'"), ()),
+    "store": Feature(_ROLE.format("'ds.store'"), (False, {})),
     # Other kinds of parallelism.
     "data_parallel_size": Feature("a mesh of data and sequence parallel ranks", ()),
     "expert_parallel.enabled": Feature("expert parallelism", (False,)),
