@@ -10,9 +10,13 @@ The configuration is a DeepSpeed JSON file; the only lines that belong to ds are
 from __future__ import annotations
 
 import argparse
-import math
+import gc
+import sys
 import sysconfig
 import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from itertools import chain, repeat
 from pathlib import Path
 
 import ds_core
@@ -26,6 +30,8 @@ from torch.utils.data import Dataset
 
 HERE = Path(__file__).parent
 CONTEXT = 256
+STEPS = 800  # total_num_steps of ds_config.json
+EVALUATE_EVERY = 100
 
 
 # Data #
@@ -57,7 +63,7 @@ def read_text(folder: Path, limit: int) -> tuple[bytes, bytes]:
     for index, path in enumerate(files):
         part = held_out if index % 20 == 10 else train
         if len(part) < limit // (20 if part is held_out else 1):
-            part += path.read_bytes()
+            part += path.read_bytes().replace(b"    ", b"\t")  # an indentation is one byte to learn, not four
     if len(held_out) <= CONTEXT or len(train) <= CONTEXT:
         raise SystemExit(f"{folder} has too little text: {len(train)} bytes to train on, {len(held_out)} held out")
     return bytes(train), bytes(held_out)
@@ -97,141 +103,196 @@ class Gpt(nn.Module):
                 nn.init.normal_(param, std=0.02)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        x = self.tokens(tokens) + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
+        x = with_bytes_before(self.tokens(tokens))
+        x = x + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         for block in self.blocks:
             x = block(x)
         logits = self.head(self.norm(x)).float()
         return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+def with_bytes_before(x: Tensor) -> Tensor:
+    """Take each quarter of the channels from 0, 1, 2 and 3 bytes before: a byte alone says little."""
+    length = x.shape[1]
+    parts = [F.pad(part, (0, 0, offset, 0))[:, :length] for offset, part in enumerate(x.chunk(4, dim=-1))]
+    return torch.cat(parts, dim=-1)
+
+
 # Training #
 
 
-def evaluate(engine: ds_core.Engine, data: Windows, rank: int, num_ranks: int, batches: int = 8) -> float:
-    """Return the mean loss in nats per byte over held-out windows, each rank computing its share."""
+def evaluate(engine: ds_core.Engine, data: Windows, windows: int = 64) -> float:
+    """Return the mean loss in nats per byte; the held-out windows are the same on any number of ranks."""
+    policy = engine.policy
+    batches = (torch.arange(windows) * len(data) // windows).split(8)
+    total = torch.zeros((), device=policy.device)
     engine.eval()
-    stride = max(1, len(data) // (8 * batches * num_ranks))
-    total = torch.zeros(1)
     with torch.no_grad():
-        for index in range(batches):
-            first = (index * num_ranks + rank) * 8
-            batch = torch.stack([data[(first + item) * stride % len(data)] for item in range(8)])
-            total += engine(batch[:, :-1], batch[:, 1:]).item() / batches
-    if num_ranks > 1:
-        dist.all_reduce(total)
+        for first in range(0, len(batches), policy.num_ranks):
+            # at stage 3 every rank takes part in every forward pass, in one beyond the end too
+            index = first + policy.rank
+            batch = torch.stack([data[window] for window in batches[index % len(batches)].tolist()]).to(policy.device)
+            loss = engine(batch[:, :-1], batch[:, 1:])
+            total += loss if index < len(batches) else 0
     engine.train()
-    return total.item() / num_ranks
+    if policy.num_ranks > 1:
+        dist.all_reduce(total)
+    return total.item() / len(batches)
 
 
-def sample(engine: ds_core.Engine, prompt: str, length: int = 200, temperature: float = 0.7) -> str:
+def sample(engine: ds_core.Engine, prompt: str, length: int = 300, temperature: float = 0.7) -> str:
     """Write on from ``prompt``; sharded parameters are gathered on the way, so every rank takes part."""
     engine.eval()
     generator = torch.Generator().manual_seed(0)
     text = torch.tensor([list(prompt.encode())])
     with torch.no_grad():
         for _ in range(length):
-            logits = engine(text[:, -CONTEXT:])[0, -1] / temperature
+            logits = engine(text[:, -CONTEXT:].to(engine.policy.device))[0, -1].cpu() / temperature
             text = torch.cat([text, torch.multinomial(logits.softmax(-1), 1, generator=generator)[None]], dim=1)
     engine.train()
-    return bytes(text[0].tolist()).decode(errors="replace")
+    written = bytes(text[0].tolist()).decode(errors="replace")
+    return "".join(char if char.isprintable() or char in "\n\t" else "?" for char in written).expandtabs(4)
 
 
-def draw(history: list[list[float]], validation: list[list[float]], resumed_at: list[int], path: Path) -> None:
-    """Save the loss curve as a picture."""
-    import matplotlib as mpl
+@dataclass
+class History:
+    """What happened so far; saved with each checkpoint."""
 
+    training: list[list[float]] = field(default_factory=list)  # step, loss of one micro-batch
+    held_out: list[list[float]] = field(default_factory=list)  # step, loss
+    resumed: list[list[int]] = field(default_factory=list)  # step, number of ranks
+
+
+def train(
+    engine: ds_core.Engine,
+    loader: Iterable[Tensor],
+    held_out: Windows,
+    *,
+    history: History,
+    stop: int,
+    console: Console,
+) -> None:
+    """Train up to optimizer step ``stop``."""
+    device, tokens_per_step = engine.policy.device, engine.policy.train_batch_size * CONTEXT
+    columns = [BarColumn(20), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn()]
+    first, start = engine.global_steps, time.perf_counter()
+    with Progress(*columns, console=console, disable=console.quiet) as progress:
+        task = progress.add_task("train", total=stop, completed=first, status="")
+        for batch in chain.from_iterable(repeat(loader)):  # epoch after epoch
+            tokens = batch.to(device)
+            loss = engine(tokens[:, :-1], tokens[:, 1:])  # ds: as the model
+            engine.backward(loss)  # ds: instead of loss.backward()
+            outcome = engine.step()  # ds: instead of optimizer.step(); optimizer.zero_grad()
+            if not outcome.boundary:
+                continue
+            step = engine.global_steps
+            history.training.append([step, loss.item()])
+            speed = (step - first) * tokens_per_step / (time.perf_counter() - start)
+            status = f"loss {loss.item():.3f}  {speed:6,.0f} tokens/s"
+            progress.update(task, completed=step, status=status)
+            if step % EVALUATE_EVERY == 0 or step == stop:
+                paused = time.perf_counter()
+                history.held_out.append([step, evaluate(engine, held_out)])
+                start += time.perf_counter() - paused
+                norm, found = outcome.grad_norm, history.held_out[-1][1]
+                console.print(f"step {step:5d}  held out {found:.3f} nats/byte  {status}  norm {norm:.2f}")
+            if step == stop:
+                return
+
+
+# Report #
+
+
+def draw(history: History, path: Path) -> str:
+    """Save the loss curve as a picture; return a line that says so."""
+    try:
+        import matplotlib as mpl
+    except ImportError:
+        return "matplotlib is not installed: no picture of the loss"
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
+    steps, losses = zip(*history.training, strict=True)
+    width = max(1, len(steps) // 40)
+    smooth = [sum(part := losses[max(0, end - width) : end]) / len(part) for end in range(1, len(losses) + 1)]
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    axes.plot(*zip(*history, strict=True), color="0.75", lw=1, label="training (one micro-batch)")
-    axes.plot(*zip(*validation, strict=True), "o-", ms=4, color="C0", label="held out")
-    for step in resumed_at:
-        axes.axvline(step, ls=":", color="C3", label="resumed on another number of processes")
-    axes.set(xlabel="optimizer step", ylabel="loss (nats per byte)")
+    axes.plot(steps, losses, color="0.85", lw=0.7, label="training, one micro-batch")
+    axes.plot(steps, smooth, color="0.5", lw=1.3, label=f"training, mean of {width} steps")
+    axes.plot(*zip(*history.held_out, strict=True), "o-", ms=4, color="C0", label="held out")
+    for step, num_ranks in history.resumed:
+        axes.axvline(step, ls=":", color="C3", label=f"resumed on {processes(num_ranks)}")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats per byte)", xlim=(0, steps[-1] * 1.02))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.savefig(path, dpi=130)
+    return f"loss curve: {path}"
 
 
-def main() -> None:
+def processes(count: int) -> str:
+    """Return a number of processes in words."""
+    return f"{count} process" if count == 1 else f"{count} processes"
+
+
+def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", type=Path, default=HERE / "ds_config.json", help="DeepSpeed JSON file")
     parser.add_argument("--data", type=Path, default=Path(sysconfig.get_paths()["stdlib"]), help="folder of text")
     parser.add_argument("--out", type=Path, default=Path("out"), help="checkpoints and the loss curve")
-    parser.add_argument("--steps", type=int, default=300, help="optimizer steps of the whole training")
-    parser.add_argument("--stop-at", type=int, help="save and stop after this step")
+    parser.add_argument("--steps", type=int, default=STEPS, help="optimizer steps of the whole training")
+    parser.add_argument("--stop-at", help="save and stop after this step; 'half' for half of --steps")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint in --out")
     parser.add_argument("--dim", type=int, default=256)
-    parser.add_argument("--layers", type=int, default=6)
-    options = parser.parse_args()
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--max-loss", type=float, help="fail if the held-out loss ends above this")
+    return parser.parse_args()
 
+
+def main() -> int:
+    options = parse_options()
     train_text, held_out_text = read_text(options.data, limit=20_000_000)
     torch.manual_seed(0)
-    engine, _, loader, schedule = ds_core.initialize(  # ds: the model becomes an engine
+    engine, _, loader, _ = ds_core.initialize(  # ds: the model becomes an engine
         Gpt(options.dim, options.layers, options.dim // 64, dropout=0.0),
         config=options.config,
         training_data=Windows(train_text),
     )
     rank, num_ranks = engine.policy.rank, engine.policy.num_ranks
-    held_out = Windows(held_out_text)
-    history: list[list[float]] = []
-    validation: list[list[float]] = []
-    resumed_at: list[int] = []
+    # text and paths are not markup, and a path is not to be broken
+    console = Console(quiet=rank != 0, markup=False, soft_wrap=True, highlight=False)
+    num_params = sum(param.numel() for param in engine.module.parameters())
+    console.print(f"{num_params:,} parameters, {processes(num_ranks)}, {len(train_text) / 1e6:.1f} MB of text from")
+    console.print(f"  {options.data}")
+    history = History()
     if options.resume:
         path, state = engine.load_checkpoint(options.out / "checkpoints")  # ds: from any number of processes
-        history, validation = state["history"], state["validation"]
-        resumed_at = [*state["resumed_at"], engine.global_steps]
-    console = Console(quiet=rank != 0)
-    console.print(
-        f"[bold]{sum(p.numel() for p in engine.module.parameters()):,}[/] parameters, {num_ranks} processes, "
-        f"{len(train_text) / 1e6:.1f} MB of text from {options.data}"
-        + (f", resumed at step {engine.global_steps} from {path}" if options.resume else "")
-    )
-    columns = [
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"), TimeRemainingColumn(),
-    ]  # fmt: skip
-    stop = min(options.steps, options.stop_at or options.steps)
-    tokens_per_step = engine.policy.train_batch_size * CONTEXT
-    with Progress(*columns, console=console, disable=rank != 0) as progress:
-        task = progress.add_task("train", total=options.steps, completed=engine.global_steps, status="")
-        start, first = time.perf_counter(), engine.global_steps
-        while engine.global_steps < stop:
-            for batch in loader:
-                loss = engine(batch[:, :-1], batch[:, 1:])  # ds: as the model
-                engine.backward(loss)  # ds: instead of loss.backward()
-                outcome = engine.step()  # ds: instead of optimizer.step(); optimizer.zero_grad()
-                if not outcome.boundary:
-                    continue
-                step = engine.global_steps
-                speed = (step - first) * tokens_per_step / (time.perf_counter() - start)
-                history.append([step, loss.item()])
-                progress.update(task, completed=step, status=f"loss {history[-1][1]:.3f}  {speed:,.0f} tokens/s")
-                if step % max(1, options.steps // 10) == 0 or step == stop:
-                    validation.append([step, evaluate(engine, held_out, rank, num_ranks)])
-                    lr = schedule.get_last_lr()[0] if schedule else math.nan
-                    progress.console.print(
-                        f"step {step:4d}   loss {history[-1][1]:.3f}   held out {validation[-1][1]:.3f} nats/byte   "
-                        f"grad norm {outcome.grad_norm:.2f}   lr {lr:.1e}   {speed:,.0f} tokens/s"
-                    )
-                if step == stop:
-                    break
-    path = engine.save_checkpoint(  # ds: loads on any number of processes, at any stage
-        options.out / "checkpoints",
-        client_state={"history": history, "validation": validation, "resumed_at": resumed_at},
-    )
-    console.print(f"saved {path}")
-    if stop == options.steps:
-        text = sample(engine, "def ")
-        console.print("\n[bold]sample[/]", text, sep="\n", markup=True, highlight=False)
-        if rank == 0:
-            draw(history, validation, resumed_at, options.out / "loss.png")
-        console.print(
-            f"\nheld-out loss [bold]{validation[-1][1]:.3f}[/] nats/byte; curve in {options.out / 'loss.png'}"
+        history = History(**state)
+        history.resumed.append([engine.global_steps, num_ranks])
+        console.print(f"resumed at step {engine.global_steps} from\n  {path}")
+    stop = options.steps // 2 if options.stop_at == "half" else int(options.stop_at or options.steps)
+    if engine.global_steps < stop:
+        train(engine, loader, Windows(held_out_text), history=history, stop=stop, console=console)
+        path = engine.save_checkpoint(  # ds: loads on any number of processes, at any stage
+            options.out / "checkpoints", client_state=asdict(history)
         )
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        console.print(f"saved as\n  {path}")
+    if stop == options.steps:
+        text = sample(engine, "\tdef __init__(self")
+        console.rule("sample")
+        console.print(text)
+        console.rule()
+        if rank == 0:
+            console.print(draw(history, options.out / "loss.png"))
+    loss = history.held_out[-1][1]
+    console.print(f"held-out loss {loss:.3f} nats/byte after {engine.global_steps} steps")
+    missed = options.max_loss is not None and not loss <= options.max_loss  # not a number counts as missed
+    if missed:
+        console.print(f"FAILED: the held-out loss was to be at most {options.max_loss} nats/byte")
+    return 1 if missed else 0
 
 
 if __name__ == "__main__":
-    main()
+    code = main()
+    if dist.is_initialized():
+        gc.collect()  # the engine held the group: once it is gone, gloo's threads end here and not at exit
+        dist.destroy_process_group()
+    sys.exit(code)

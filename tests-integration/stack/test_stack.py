@@ -11,6 +11,7 @@ import torch
 from ds_core.checkpoint import load_full
 from ds_testkit import Rank, RankPool
 from ds_testkit.models import seeded
+from ds_testkit.state import Exported, State, assembled, assert_same_bits, exported
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -49,13 +50,10 @@ class Setting(NamedTuple):
         }
 
 
-Pieces = list[tuple[str, str, int, int, Tensor]]
-
-
 class Outcome(NamedTuple):
     losses: list[float]  # of this rank's micro-batches
     norms: list[float | None]
-    pieces: Pieces
+    pieces: list[Exported]
     rate: list[float]
 
 
@@ -78,23 +76,15 @@ def train(rank: Rank, setting: Setting, steps: int, resume: str | None = None, s
                     break
     if save is not None:
         engine.save_checkpoint(save)
-    state = engine._sharded.state()
-    pieces = [(p.name, p.role, p.shape.numel(), p.start, p.data.clone()) for p in state.pieces]
-    return Outcome(losses, norms, pieces, schedule.get_last_lr())
+    return Outcome(losses, norms, exported(engine._sharded), schedule.get_last_lr())
 
 
-def whole(outcomes: list[Outcome]) -> dict[tuple[str, str], Tensor]:
-    tensors: dict[tuple[str, str], Tensor] = {}
-    for outcome in outcomes:
-        for name, role, numel, start, data in outcome.pieces:
-            tensors.setdefault((role, name), torch.zeros(numel, dtype=data.dtype))[start : start + len(data)] = data
-    return tensors
+def whole(outcomes: list[Outcome]) -> State:
+    return assembled(outcome.pieces for outcome in outcomes)
 
 
 def assert_same(got: list[Outcome], want: list[Outcome]) -> None:
-    got_state, want_state = whole(got), whole(want)
-    assert got_state.keys() == want_state.keys()
-    assert [key for key in want_state if not torch.equal(got_state[key], want_state[key])] == []
+    assert_same_bits(whole(got), whole(want))
     assert all(outcome.norms == want[0].norms for outcome in got)
     assert got[0].rate == want[0].rate
 

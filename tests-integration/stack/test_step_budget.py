@@ -82,5 +82,5 @@ def profiled(rank: Rank, stage: int) -> Reach:
 def test_a_stage_3_step_stays_within_its_budget(ranks: RankPool) -> None:
     for reach in ranks.run(profiled, 3, size=2):
         assert reach.functions <= 130
-        assert reach.crossing <= 600
+        assert reach.crossing <= 300
         assert len(reach.files) <= 10, sorted(reach.files)

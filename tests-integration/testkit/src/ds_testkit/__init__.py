@@ -1,4 +1,4 @@
-"""Shared machinery of the tests: ranks, small models, parity."""
+"""Shared machinery of the tests: ranks, small models, exported state."""
 
 from .processes import Rank, RankError, RankPool
 

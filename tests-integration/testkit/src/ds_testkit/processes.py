@@ -65,10 +65,6 @@ class RankPool:
             raise
         return [pickle.loads(reply) for reply in replies]
 
-    def kill(self, rank: int) -> None:
-        """Send SIGKILL to one rank."""
-        self._processes[rank].kill()
-
     def close(self) -> None:
         """End all processes."""
         for process in self._processes:

@@ -26,7 +26,9 @@ def on_threads(size: int, function: Callable[[int], Any]) -> list[Any]:
     def body(rank: int) -> None:
         try:
             dist.init_process_group("threaded", rank=rank, world_size=size, store=store)
-            results[rank] = function(rank)
+            # on a GPU all backward passes would share one thread of autograd's, and wait for each other in it
+            with torch.autograd.set_multithreading_enabled(False):
+                results[rank] = function(rank)
         except BaseException as error:  # wakes the other ranks, and is raised again below
             ProcessLocalGroup.exception_handle(error)
             errors.append(error)

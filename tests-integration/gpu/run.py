@@ -1,0 +1,143 @@
+"""GPU checks: ``python tests-integration/gpu/run.py [--out FILE.json]`` from the plain tree, no installation needed.
+
+Runs on torch alone (>= 2.11). Ranks are threads that share one GPU, so that sharding runs where there is a single card.
+Without a GPU every check is listed as not run, and the exit code is 0; ``--device cpu`` runs them on the CPU, which
+tests the checks, not the GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+for folder in (*(ROOT / "packages").glob("*/src"), ROOT / "tests-integration" / "testkit" / "src"):
+    sys.path.insert(0, str(folder))
+
+import torch  # the tree has to be on the path first
+from ds_testkit.state import Exported, State, assembled, assert_same_bits, exported
+from ds_testkit.threads import on_threads
+from torch import Tensor, nn
+
+import ds_zero
+
+STEPS, MICRO_BATCHES = 8, 4
+
+
+def network(device: torch.device) -> nn.Module:
+    """Return a small network with blocks."""
+    torch.manual_seed(0)
+    blocks = [nn.Sequential(nn.Linear(64, 64), nn.GELU()) for _ in range(4)]
+    return nn.Sequential(nn.Sequential(*blocks), nn.Linear(64, 8)).to(device)
+
+
+def batch(index: int, device: torch.device, compute: torch.dtype | None) -> Tensor:
+    """Return micro-batch ``index``."""
+    x = torch.randn(16, 64, generator=torch.Generator().manual_seed(index)).to(device)
+    return x if compute is None else x.to(compute)
+
+
+def train(device: torch.device, stage: int, compute: torch.dtype | None, num_ranks: int) -> State:
+    """Train sharded over ``num_ranks`` threads; return the whole state."""
+    networks = [network(device) for _ in range(num_ranks)]  # threads share torch's generator
+
+    def on_rank(rank: int) -> list[Exported]:
+        sharded = ds_zero.shard(
+            networks[rank],
+            lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+            config=ds_zero.ZeroConfig(stage=stage),
+            precision=ds_zero.Precision(compute=compute),
+        )
+        for step in range(STEPS):
+            for index in range(rank, MICRO_BATCHES, num_ranks):
+                x = batch(step * MICRO_BATCHES + index, device, compute)
+                networks[rank](x).float().square().mean().backward()
+            sharded.step(min(1.0, 0.1 / sharded.grad_norm().value))
+        return exported(sharded)
+
+    return assembled(on_threads(num_ranks, on_rank))
+
+
+def ranks_and_stages_give_the_same_bits(device: torch.device) -> None:
+    """The promise of docs/bits.md, on one card."""
+    for compute in (None, torch.bfloat16, torch.float16):
+        want = train(device, 0, compute, 1)
+        for num_ranks in (1, 2, 4):
+            for stage in (0, 1, 2, 3):
+                assert_same_bits(train(device, stage, compute, num_ranks), want)
+
+
+def equals_a_plain_loop(device: torch.device) -> None:
+    """Sharded float32 stays as near to plain torch as rounding lets it."""
+    got = train(device, 3, None, 2)
+    net = network(device)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-2)
+    for step in range(STEPS):
+        indices = range(step * MICRO_BATCHES, (step + 1) * MICRO_BATCHES)
+        torch.stack([net(batch(index, device, None)).square().mean() for index in indices]).mean().backward()
+        nn.utils.clip_grad_norm_(net.parameters(), 0.1)
+        optimizer.step()
+        optimizer.zero_grad()
+    for name, param in net.named_parameters():
+        torch.testing.assert_close(got["param", name], param.detach().reshape(-1), rtol=1e-3, atol=1e-4)
+
+
+def reference_kernels_serve_the_device(device: torch.device) -> None:
+    """The plain torch backend works on any device."""
+    import ds_kernels
+
+    results = []
+    with ds_kernels.use_backend("reference"):
+        for kind in (ds_kernels.AdamW, torch.optim.AdamW):
+            param = nn.Parameter(torch.ones(1000, device=device))
+            optimizer = kind([param], lr=1e-2, weight_decay=0.1)
+            for seed in range(5):
+                param.grad = torch.randn(1000, generator=torch.Generator().manual_seed(seed)).to(device)
+                optimizer.step()
+            results.append(param.detach())
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+
+
+CHECKS: list[Callable[[torch.device], None]] = [
+    ranks_and_stages_give_the_same_bits,
+    equals_a_plain_loop,
+    reference_kernels_serve_the_device,
+]
+
+
+def main() -> int:
+    """Run all checks; return the number that failed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="JSON file to write")
+    parser.add_argument("--device", default="cuda", help="cuda, or cpu to test the checks themselves")
+    options = parser.parse_args()
+    device = torch.device(options.device)
+    present = device.type != "cuda" or torch.cuda.is_available()
+    name = torch.cuda.get_device_name() if device.type == "cuda" and present else options.device
+    rows = []
+    for check in CHECKS:
+        start, status = time.perf_counter(), "passed"
+        if not present:
+            status = "not run: no GPU"
+        else:
+            try:
+                check(device)
+            except Exception:  # every check is run, and each failure is shown
+                traceback.print_exc()
+                status = "FAILED"
+        rows.append({"check": check.__name__, "status": status, "seconds": round(time.perf_counter() - start, 2)})
+        print(f"{status:16} {rows[-1]['seconds']:7.2f} s  {check.__name__}")
+    result = {"date": datetime.date.today().isoformat(), "device": name, "torch": torch.__version__, "checks": rows}
+    if options.out:
+        options.out.write_text(json.dumps(result, indent=1))
+    return sum(row["status"] == "FAILED" for row in rows)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
