@@ -60,7 +60,8 @@ def _object(name: str, value: Any) -> Iterator[str]:
         yield from (f"    {field.name}: {field.type}" for field in fields(value))
     elif hasattr(value, "_fields"):
         yield from (f"    {field}" for field in value._fields)
-    for member_name, member in sorted(vars(value).items()):
+    ours = [kind for kind in reversed(value.__mro__) if kind.__module__.startswith(name.partition(".")[0])]
+    for member_name, member in sorted({key: each for kind in ours for key, each in vars(kind).items()}.items()):
         if isinstance(member, property):
             yield f"    {member_name} (property)"
         elif inspect.isfunction(member) and (not member_name.startswith("_") or member_name == "__call__"):

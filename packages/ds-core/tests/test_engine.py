@@ -167,6 +167,23 @@ def test_train_and_eval_switch_the_model():
     assert engine.train().module.training
 
 
+def test_what_users_of_deepspeed_ask():
+    engine, _ = engine_of(Probe(), accumulation=2, max_skips=9)
+    assert engine.get_global_grad_norm() is None
+    assert not engine.was_step_applied()
+    asked = (engine.train_batch_size(), engine.train_micro_batch_size_per_gpu(), engine.gradient_accumulation_steps())
+    assert asked == (2, 1, 2)
+    assert engine.get_lr() == [0.1]
+    run(engine, 3.0)
+    assert not engine.was_step_applied()
+    run(engine, 1.0)
+    assert engine.was_step_applied()
+    assert (engine.get_global_grad_norm(), engine.global_samples, engine.skipped_steps) == (2.0, 2, 0)
+    run(engine, 1.0, INF)
+    assert not engine.was_step_applied()
+    assert (engine.get_global_grad_norm(), engine.global_samples, engine.skipped_steps) == (INF, 4, 1)
+
+
 # Randomness #
 
 
