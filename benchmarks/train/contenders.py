@@ -122,8 +122,8 @@ def deepspeed(work: Workload, stage: int) -> Step:
     return step
 
 
-def ours(work: Workload, stage: int) -> Step:
-    """ds-core with ds-zero and ds-kernels."""
+def ours(work: Workload, stage: int, *, host_memory: bool = True) -> Step:
+    """ds-core with ds-zero and ds-kernels; without ``host_memory``, gloo carries the data as for the peers."""
     import ds_core
 
     engine, _, _, _ = ds_core.initialize(
@@ -132,7 +132,7 @@ def ours(work: Workload, stage: int) -> Step:
             "train_micro_batch_size_per_gpu": 1,
             "gradient_accumulation_steps": work.accumulation,
             "gradient_clipping": work.clip,
-            "zero_optimization": {"stage": stage},
+            "zero_optimization": {"stage": stage, "host_memory": host_memory},
             "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
             "bf16": {"enabled": work.bf16},
         },
@@ -174,5 +174,6 @@ CONTENDERS: dict[str, Callable[[Workload], Step]] = {
     "fsdp2": fsdp2,
     **{f"deepspeed-{stage}": (lambda work, stage=stage: deepspeed(work, stage)) for stage in (1, 2, 3)},
     **{f"ds-{stage}": (lambda work, stage=stage: ours(work, stage)) for stage in (1, 2, 3)},
+    **{f"ds-{stage}-gloo": (lambda work, stage=stage: ours(work, stage, host_memory=False)) for stage in (1, 2, 3)},
     **{f"ds-zero-{stage}": (lambda work, stage=stage: ours_alone(work, stage)) for stage in (1, 2, 3)},
 }

@@ -23,7 +23,8 @@ def train_on_threads(run: Run, size: int) -> State:
     models = [seeded(**run.model) for _ in range(size)]
 
     def on_rank(rank: int) -> list[Exported]:
-        assert type(collectives_of(dist.group.WORLD, TorchKernels())) is DenseCollectives
+        comm = collectives_of(dist.group.WORLD, TorchKernels(), device=torch.device("cpu"))
+        assert type(comm) is DenseCollectives
         sharded = ds_zero.shard(
             models[rank],
             make_optimizer(run.optimizer),

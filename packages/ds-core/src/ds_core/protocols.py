@@ -103,6 +103,9 @@ class Collectives(Protocol):
     def size(self) -> int:
         """Number of ranks in the group."""
 
+    def allocate(self, numel: int, like: Tensor) -> Tensor:
+        """Return 1D memory of ``like``'s data type and device, arbitrary contents, for data that will be sent."""
+
     def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Handle:
         """Fill ``out`` (1D, ``size * n``) with every rank's ``shard`` (1D, ``n``), in rank order."""
 

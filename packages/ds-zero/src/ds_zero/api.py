@@ -108,16 +108,20 @@ def shard(
     kernels = parts.kernels or TorchKernels()
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    comm = parts.collectives or collectives_of(group, kernels)
+    comm = parts.collectives or collectives_of(group, kernels, device=_device_of(model), host_memory=config.host_memory)
     _check_num_ranks(comm, config)
     placements = placements_of(config.stage, comm.size)
-    shared = Resources(comm, kernels, StoragePool(), StoragePool(), placements, precision.gradient)
+    shared = Resources(comm, kernels, StoragePool(), StoragePool(comm.allocate), placements, precision.gradient)
     groups = _own_groups(model, param_groups) if make_optimizer else []
     group_of = {param: index for index, entry in enumerate(groups) for param in entry["params"]}
     units = _build_units(model, config, precision, group_of, shared)
     _broadcast_buffers(model, comm)
     optimizer = make_optimizer(_shard_groups(groups, units)) if make_optimizer else None
     return Sharded(model, units, optimizer, update=parts.update, shared=shared)
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    return next((param.device for param in model.parameters()), torch.device("cpu"))
 
 
 def _check_num_ranks(comm: Collectives, config: ZeroConfig) -> None:

@@ -14,8 +14,12 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from .host import HostCollectives
+from .links import connect
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives, ShardKernels
@@ -42,6 +46,7 @@ class Pending:
 DONE = Pending(())
 """Nothing to wait for."""
 
+_CONNECT_SECONDS = 60.0
 _ROWS = 1 << 20  # key of gather_rows, apart from those of buffers
 
 
@@ -53,6 +58,10 @@ class LocalCollectives:
 
     def __init__(self, kernels: ShardKernels) -> None:
         self._kernels = kernels
+
+    def allocate(self, numel: int, like: Tensor) -> Tensor:
+        """Return 1D memory of ``like``'s data type and device; arbitrary contents."""
+        return like.new_empty(numel, requires_grad=False)
 
     def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
         """Copy ``shard`` to ``out``."""
@@ -83,6 +92,10 @@ class _Grouped:
         self._scratch: list[Tensor] = []
         self.rank = dist.get_rank(group)
         self.size = dist.get_world_size(group)
+
+    def allocate(self, numel: int, like: Tensor) -> Tensor:
+        """Return 1D memory of ``like``'s data type and device; arbitrary contents."""
+        return like.new_empty(numel, requires_grad=False)
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
@@ -177,13 +190,25 @@ class DenseCollectives(_Grouped):
         return Pending((work,), self._sum_then_return(out, self._slices(received), scratch))
 
 
-def collectives_of(group: dist.ProcessGroup | None, kernels: ShardKernels) -> Collectives:
-    """Return the collectives that suit ``group``: its backend decides. None is a single process."""
+def collectives_of(
+    group: dist.ProcessGroup | None, kernels: ShardKernels, *, device: torch.device, host_memory: bool = True
+) -> Collectives:
+    """Return the collectives that suit ``group``: its backend and its ranks' hosts decide. All ranks call it.
+
+    Args:
+        group: The ranks; None is a single process.
+        kernels: Ordered sums.
+        device: Where the data lie.
+        host_memory: Whether ranks that all run on one host may read each other's memory, for data on CPU.
+    """
     if group is None or dist.get_world_size(group) == 1:
         return LocalCollectives(kernels)
-    if dist.get_backend(group) in ("gloo", "mpi"):
+    if dist.get_backend(group) not in ("gloo", "mpi"):
+        return DenseCollectives(group, kernels)
+    sockets = connect(group, _CONNECT_SECONDS) if host_memory and device.type == "cpu" else None
+    if sockets is None:
         return PeerCollectives(group, kernels)
-    return DenseCollectives(group, kernels)
+    return HostCollectives(group, sockets, kernels, group._get_backend(device).options._timeout.total_seconds())
 
 
 def _place(out: Tensor, source: Tensor) -> None:

@@ -30,6 +30,9 @@ class ZeroConfig:
     """Refuse a number of ranks on which the bits cannot equal those of one rank (any that is not a power of
     two), instead of saying so once."""
 
+    host_memory: bool = True
+    """Whether CPU ranks that all run on one host read each other's memory instead of sending messages."""
+
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"zero stage is one of 0, 1, 2, 3; got {self.stage!r}")

@@ -17,7 +17,7 @@ reduced    [S]    gradient       sum over ranks and accumulation steps (see [Not
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -40,6 +40,9 @@ class StoragePool:
     taker: returning it to the allocator at every release costs a page fault for each 4 KiB of a large buffer on
     CPU (40 MB: 19 ms, against 2 ms to fill it).
 
+    Args:
+        allocate: Returns 1D memory of so many elements like those of a tensor; None: torch's own.
+
     torch before 2.13 cannot exchange the memory of two storages; there each lease is an allocation.
 
     Example:
@@ -54,7 +57,8 @@ class StoragePool:
         (0, 16)
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocate: Callable[[int, Tensor], Tensor] | None = None) -> None:
+        self._allocate = allocate or (lambda numel, like: like.new_empty(numel))
         self._exchanges = "_swap_data_ptr_" in dir(torch.UntypedStorage)
         self._free: list[torch.UntypedStorage] = []
         self._leased_bytes = 0
@@ -63,7 +67,7 @@ class StoragePool:
     def lease(self, storage: torch.UntypedStorage, nbytes: int) -> None:
         """Put at least ``nbytes`` behind ``storage``, which must be empty; contents are arbitrary."""
         if self._exchanges:
-            _exchange(storage, self._take(nbytes, storage.device))
+            storage._swap_data_ptr_(self._take(nbytes, storage.device))  # type: ignore[attr-defined]  # torch's stubs
         else:
             storage.resize_(nbytes)
         self._leased_bytes += storage.nbytes()
@@ -74,7 +78,7 @@ class StoragePool:
         self._leased_bytes -= storage.nbytes()
         if self._exchanges:
             memory = torch.UntypedStorage(0, device=storage.device)
-            _exchange(memory, storage)
+            memory._swap_data_ptr_(storage)  # type: ignore[attr-defined]
             self._free.append(memory)
         else:
             storage.resize_(0)
@@ -94,14 +98,11 @@ class StoragePool:
         if not fitting:
             # what is too small for this taker would only be held in vain beside the new memory
             self._free.clear()
-            return torch.UntypedStorage(nbytes, device=device)
+            byte = torch.empty(0, dtype=torch.uint8, device=device)
+            return self._allocate(nbytes, byte).untyped_storage()
         memory = min(fitting, key=torch.UntypedStorage.nbytes)
         self._free.remove(memory)
         return memory
-
-
-def _exchange(empty: torch.UntypedStorage, memory: torch.UntypedStorage) -> None:
-    empty._swap_data_ptr_(memory)  # type: ignore[attr-defined]  # torch's stubs lack it
 
 
 class Resources(NamedTuple):
@@ -165,11 +166,11 @@ class Flat:
         replicated = trained and shared.placements.state is Placement.REPLICATE
         self.state_range = (0, layout.length) if replicated else self.own
         values = self._take_values(torch.float32 if trained else dtype)
-        self._whole = values.to(dtype)  # 1D
+        self._whole = values.to(dtype) if self._sharded else self._sendable(values, dtype)  # 1D
         self._whole_bytes = self._whole.nbytes
         self.shard = self._whole[slice(*self.own)]  # 1D
         if self._sharded:
-            self.shard = self.shard.clone()
+            self.shard = self._sendable(self.shard, dtype)
         self.master = self._make_master(values)  # 1D, over state_range
         self.segments = self._make_segments() if trained else []
         self._views = [self._whole[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
@@ -230,10 +231,10 @@ class Flat:
             updates.append(Update(segment.master, grad[start : start + segment.master.numel()], segment.copy))
         return updates
 
-    def begin_refresh(self) -> Handle:
-        """Bring replicated parameters up to date after their shards were updated."""
+    def begin_refresh(self) -> Handle | None:
+        """Bring replicated parameters up to date after their shards were updated; None: they are."""
         if self._sharded or self._shared.placements.state is Placement.REPLICATE:
-            return DONE
+            return None
         return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
 
     def load_master(self) -> Handle:
@@ -272,6 +273,9 @@ class Flat:
             values[slot.offset : slot.end].copy_(param.detach().reshape(-1))
         self._shared.comm.broadcast(values)
         return values
+
+    def _sendable(self, values: Tensor, dtype: torch.dtype) -> Tensor:
+        return self._shared.comm.allocate(values.numel(), values.new_empty(0, dtype=dtype)).copy_(values)
 
     def _make_master(self, values: Tensor) -> Tensor:
         """Return the tensor over ``state_range`` that holds the exact values of the parameters."""

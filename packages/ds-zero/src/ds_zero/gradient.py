@@ -110,9 +110,8 @@ class TreeSum:
         return sum(b.nbytes for b in held)
 
     def _keep(self, buffer: Tensor) -> None:
-        self._free.append(buffer)
         # home on top: the next leaf is then summed where this rank's part of it already lies
-        self._free.sort(key=lambda free: free is self._home)
+        self._free.insert(len(self._free) if buffer is self._home else 0, buffer)
 
 
 class FlatGradient:
@@ -135,7 +134,9 @@ class FlatGradient:
         self._everywhere = shared.placements.state is Placement.REPLICATE
         # a rank's own gradient is kept only under sharded optimizer state, see [Note: Placement triple]
         self._pooled = self._everywhere or not kept
-        self._leaf = torch.zeros(layout.length, dtype=dtype, device=device)  # 1D
+        empty = torch.empty(0, dtype=dtype, device=device)
+        held = empty.new_empty(layout.length) if self._pooled else shared.comm.allocate(layout.length, empty)
+        self._leaf = held.zero_()  # 1D
         self._leaf_bytes = self._leaf.nbytes
         self._views = [self._leaf[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
         self._gaps = [self._leaf[start:end] for start, end in layout.gaps()]

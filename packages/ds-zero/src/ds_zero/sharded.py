@@ -114,7 +114,8 @@ class Sharded:
         done = self._update(self.optimizer, updates, factor)
         refreshes = [self._trained[index].begin_refresh() for index in done]
         for refresh in refreshes:
-            refresh.wait()
+            if refresh is not None:
+                refresh.wait()
         self._residency.drop_all()
         self.drop_gradients()
 

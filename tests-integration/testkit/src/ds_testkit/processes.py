@@ -118,7 +118,8 @@ def _serve(pipe: Connection, rank: int, world: int, store: str, root: str, timeo
     dist.init_process_group(
         "gloo", rank=rank, world_size=world, store=dist.FileStore(store, world), timeout=timedelta(seconds=timeout)
     )
-    groups = {size: dist.new_group(list(range(size))) for size in range(1, world + 1)}
+    patience = timedelta(seconds=timeout)
+    groups = {size: dist.new_group(list(range(size)), timeout=patience) for size in range(1, world + 1)}
     while True:
         try:
             message = pipe.recv_bytes()

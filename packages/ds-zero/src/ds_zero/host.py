@@ -1,0 +1,294 @@
+"""Communication of ranks on one host: each reads the others' memory where it lies.
+
+[Note: Reading in place]
+A call says where its data lie (READY, one small record per peer), reads the peers' data once all of them have said so,
+and tells them that it has (DONE). Nothing is copied on the way: an all-gather is one copy from the owner's shard to
+its place, an ordered reduce-scatter one pass that reads every rank's slice and writes the sum. Sockets, in contrast,
+copy each byte into the kernel and out again, on threads that compete with the computation for cores.
+
+While one call waits, whatever others have become complete is read as well, so ranks may wait for their calls in
+different orders. Data that lie in no window (see :meth:`HostCollectives.allocate`) are copied to one first.
+
+Memory: none but that of staged data. The pages a rank reads count in its resident set as well as in their owner's.
+"""
+
+from __future__ import annotations
+
+import select
+import socket
+import struct
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from enum import IntEnum
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .windows import Memory, Windows, map_window
+
+if TYPE_CHECKING:
+    from ds_core.protocols import ShardKernels
+
+_FORMAT = struct.Struct("<qqqqqq")
+_FD = struct.Struct("i")
+_ROWS = 1 << 20  # key of gather_rows, apart from those of buffers
+_VERBS = 3  # each buffer's key stands for so many calls: gather, reduce, exchange
+
+
+class Kind(IntEnum):
+    """What a record says."""
+
+    READY = 0  # the sender's data of a call lie at a place, and stay until DONE
+    DONE = 1  # the sender has read the receiver's
+    GONE = 2  # the sender's window is no more
+
+
+class Record(NamedTuple):
+    """A message between two ranks."""
+
+    kind: int
+    call: int  # which buffer, and what is done with it
+    turn: int  # how many such calls came before
+    window: int = -1
+    offset: int = 0  # bytes
+    nbytes: int = 0
+
+
+class PeerLostError(RuntimeError):
+    """Another rank's process has ended."""
+
+
+class Call:
+    """A collective under way; plays the role ``Handle``."""
+
+    __slots__ = ("_finish", "over", "pieces", "ready", "staged", "take", "unread", "unready")
+
+    def __init__(
+        self,
+        finish: Callable[[Call], None],
+        ready: Record,
+        pieces: Sequence[Tensor],
+        take: Callable[[Sequence[Tensor]], None],
+        peers: Sequence[int],
+    ) -> None:
+        self._finish = finish
+        self.ready = ready
+        self.pieces = list(pieces)  # by rank: what is expected, then what was found in the peers' memory
+        self.take = take  # what to do with all of them
+        self.unready = set(peers)  # have not said where their data lie
+        self.unread = set(peers)  # have not read ours
+        self.staged: list[Tensor] = []
+        self.over = False
+
+    def wait(self) -> None:
+        """Return when the result may be read and the inputs may be written."""
+        if not self.over:
+            self._finish(self)
+
+
+class HostCollectives:
+    """Plays the role ``Collectives``; see [Note: Reading in place].
+
+    Args:
+        group: The ranks; communicates in :meth:`broadcast` only.
+        sockets: Connections to all other ranks, see [Note: Links].
+        kernels: Ordered sums.
+        timeout: Seconds after which a wait is given up.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, sockets: dict[int, socket.socket], kernels: ShardKernels, timeout: float
+    ) -> None:
+        self.rank = dist.get_rank(group)
+        self.size = dist.get_world_size(group)
+        self._group = group
+        self._sockets = sockets
+        self._kernels = kernels
+        self._timeout = timeout
+        self._peers = sorted(sockets)
+        self._poll = select.poll()
+        self._rank_of = {peer.fileno(): rank for rank, peer in sockets.items()}
+        for fd in self._rank_of:
+            self._poll.register(fd, select.POLLIN)
+        self._windows = Windows(self._peers)
+        self._mapped: dict[tuple[int, int], Memory] = {}  # by rank and its window
+        self._ended: set[int] = set()
+        self._turns: Counter[int] = Counter()
+        self._calls: dict[tuple[int, int], Call] = {}
+        self._early: dict[tuple[int, int], dict[int, Record]] = {}  # of calls that this rank has yet to make
+        self._spare: list[Tensor] = []  # windows for data that lie in none
+
+    def allocate(self, numel: int, like: Tensor) -> Tensor:
+        """Return 1D memory of ``like``'s data type that is read in place; zeros."""
+        return self._windows.allocate(numel, like)
+
+    def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Call:
+        """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
+        slices = out.view(self.size, -1).unbind()
+        if shard.data_ptr() != slices[self.rank].data_ptr():
+            slices[self.rank].copy_(shard)
+        return self._start(_VERBS * key, [shard] * self.size, slices, partial(self._place, slices))
+
+    def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Call:
+        """Sum slice ``rank`` of every rank's ``full`` into ``out``; see [Note: Ordered reduce-scatter]."""
+        slices = full.view(self.size, -1).unbind()
+        expected = [slices[self.rank]] * self.size
+        return self._start(_VERBS * key + 1, slices, expected, partial(self._kernels.tree_sum, out))
+
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Call:
+        """Send ``outgoing[r]`` to rank r and fill ``incoming[r]`` from it; 1D, contiguous, possibly empty."""
+        incoming[self.rank].copy_(outgoing[self.rank])
+        return self._start(_VERBS * key + 2, outgoing, incoming, partial(self._place, incoming))
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``[size, n]``: every rank's ``row``."""
+        rows = row.new_empty(self.size, row.numel())
+        self.all_gather(rows.view(-1), row, key=_ROWS).wait()
+        return rows
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with rank 0's."""
+        dist.broadcast(tensor, group=self._group, group_src=0)
+
+    # Calls #
+
+    def _start(
+        self, kind: int, outgoing: Sequence[Tensor], pieces: Sequence[Tensor], take: Callable[[Sequence[Tensor]], None]
+    ) -> Call:
+        name = kind, self._turns[kind]
+        self._turns[kind] += 1
+        call = self._calls[name] = Call(self._finish, Record(Kind.READY, *name), pieces, take, self._peers)
+        while self._windows.gone:
+            news = Record(Kind.GONE, *name, window=self._windows.gone.pop())
+            for peer in self._peers:
+                self._send(peer, news, None)
+        staged: dict[int, int] = {}  # windows of copies, by the data's address: one serves all peers
+        for peer in self._peers:
+            self._announce(call, peer, outgoing[peer], staged)
+        for peer, record in self._early.pop(name, {}).items():
+            self._on_ready(call, peer, record)
+        self._serve(0.0)
+        return call
+
+    def _announce(self, call: Call, peer: int, data: Tensor, staged: dict[int, int]) -> None:
+        """Tell ``peer`` where ``data`` lie."""
+        if not data.numel():
+            self._send(peer, call.ready, None)
+            return
+        address, start = data.data_ptr(), data.untyped_storage().data_ptr()
+        window = self._windows.at.get(start, -1)
+        offset = address - start
+        if window < 0:
+            if address not in staged:
+                staged[address] = self._stage(call, data)
+            window, offset = staged[address], 0
+        record = Record(*call.ready[:3], window, offset, data.nbytes)
+        self._send(peer, record, self._windows.undelivered.get((window, peer)))
+
+    def _stage(self, call: Call, data: Tensor) -> int:
+        """Copy ``data`` to a window."""
+        memory = self._spare.pop() if self._spare else data.new_empty(0)
+        if memory.numel() < data.nbytes:
+            memory = self.allocate(data.nbytes, torch.empty(0, dtype=torch.uint8))
+        memory[: data.nbytes].copy_(data.view(torch.uint8))
+        call.staged.append(memory)
+        return self._windows.at[memory.data_ptr()]
+
+    def _finish(self, call: Call) -> None:
+        """Return when ``call`` is over.
+
+        Raises:
+            PeerLostError: A rank has ended.
+            TimeoutError: A rank did not join in time.
+        """
+        deadline = time.monotonic() + self._timeout
+        while not call.over:
+            late = sorted(call.unready or call.unread)
+            for peer in late:
+                if peer in self._ended:
+                    raise PeerLostError(
+                        f"rank {peer} has ended while rank {self.rank} waits for it in a collective: its own output "
+                        "says why"
+                    )
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise TimeoutError(
+                    f"rank {self.rank} waited {self._timeout:g} s for rank{'s' * (len(late) > 1)} "
+                    f"{', '.join(map(str, late))} in collective {call.ready.turn} over buffer "
+                    f"{call.ready.call // _VERBS}: {'not joined' if call.unready else 'joined, but did not read'}"
+                )
+            self._serve(left)
+
+    def _place(self, slots: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
+        for peer in self._peers:
+            slots[peer].copy_(pieces[peer])
+
+    # Records #
+
+    def _send(self, peer: int, record: Record, fd: int | None) -> None:
+        ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(fd))]
+        try:
+            self._sockets[peer].sendmsg([_FORMAT.pack(*record)], ancillary)
+        except (BrokenPipeError, ConnectionResetError):
+            self._ended.add(peer)  # whoever waits for it says so
+        if fd is not None:
+            self._windows.delivered(record.window, peer)
+
+    def _serve(self, timeout: float) -> None:
+        """Take in what has come; waits up to ``timeout`` seconds for a first record."""
+        for socket_fd, _ in self._poll.poll(timeout * 1e3):
+            peer = self._rank_of[socket_fd]
+            try:
+                data, ancillary, _, _ = self._sockets[peer].recvmsg(_FORMAT.size, socket.CMSG_SPACE(_FD.size))
+            except ConnectionResetError:
+                data, ancillary = b"", []
+            if not data:  # all its records have been read
+                self._poll.unregister(socket_fd)
+                self._ended.add(peer)
+                continue
+            record = Record(*_FORMAT.unpack(data))
+            name = record.call, record.turn
+            if ancillary:
+                self._mapped[peer, record.window] = map_window(*_FD.unpack(ancillary[0][2]))
+            if record.kind == Kind.GONE:
+                self._mapped.pop((peer, record.window), None)
+            elif record.kind == Kind.DONE:
+                call = self._calls[name]
+                call.unread.discard(peer)
+                self._close_if_over(call)
+            elif name in self._calls:
+                self._on_ready(self._calls[name], peer, record)
+            else:
+                self._early.setdefault(name, {})[peer] = record
+
+    def _on_ready(self, call: Call, peer: int, record: Record) -> None:
+        expected = call.pieces[peer]
+        if record.nbytes != expected.nbytes:
+            raise RuntimeError(
+                f"rank {peer} sends {record.nbytes} bytes where rank {self.rank} expects {expected.nbytes}, in "
+                f"collective {record.turn} over buffer {record.call // _VERBS}: the ranks run different models or "
+                "programs"
+            )
+        if record.nbytes:
+            memory = self._mapped[peer, record.window]
+            call.pieces[peer] = torch.frombuffer(
+                memory, dtype=expected.dtype, count=expected.numel(), offset=record.offset
+            )
+        call.unready.discard(peer)
+        if not call.unready:
+            call.take(call.pieces)
+            call.pieces.clear()
+            for other in self._peers:
+                self._send(other, Record(Kind.DONE, record.call, record.turn), None)
+            self._close_if_over(call)
+
+    def _close_if_over(self, call: Call) -> None:
+        # pieces are empty once all have been taken
+        if not call.unread and not call.pieces:
+            call.over = True
+            del self._calls[call.ready.call, call.ready.turn]
+            self._spare += call.staged

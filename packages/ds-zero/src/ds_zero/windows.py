@@ -1,0 +1,96 @@
+"""Memory that other processes of this host can read: windows.
+
+A window is one anonymous shared mapping (``memfd_create``). It has no name in any file system, so nothing is left
+behind however a process ends, and no limit but that of memory (the size of /dev/shm is none). Its descriptor travels
+once to each reader, over a Unix socket, and is closed then; the memory lives as long as a tensor here or a mapping
+there refers to it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import weakref
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Memory: TypeAlias = "ctypes.Array[ctypes.c_ubyte]"
+"""Mapped bytes; unmapped with the last reference."""
+
+
+class Windows:
+    """The windows of one process, found by the address at which they begin.
+
+    Args:
+        readers: Ranks that will map them.
+
+    Example:
+        >>> windows = Windows(readers=[1])
+        >>> memory = windows.allocate(16, torch.zeros(0))
+        >>> windows.at[memory.data_ptr()]
+        0
+    """
+
+    def __init__(self, readers: Iterable[int]) -> None:
+        self._readers = frozenset(readers)
+        self.at: dict[int, int] = {}  # by first address
+        self.gone: list[int] = []  # that went away; whoever tells their readers empties it
+        self.undelivered: dict[tuple[int, int], int] = {}  # descriptors, by window and reader
+        self._num_made = 0
+
+    def allocate(self, numel: int, like: Tensor) -> Tensor:
+        """Return 1D zeros of ``like``'s data type in a window of their own."""
+        nbytes = max(numel * like.element_size(), mmap.PAGESIZE)
+        fd = os.memfd_create("ds-zero", os.MFD_CLOEXEC)
+        os.ftruncate(fd, nbytes)
+        memory = _map(fd, nbytes)
+        raw = torch.frombuffer(memory, dtype=torch.uint8)
+        window, address = self._num_made, raw.data_ptr()
+        self._num_made += 1
+        self.at[address] = window
+        self.undelivered |= {(window, reader): fd for reader in self._readers}
+        # the address may belong to other memory afterwards
+        weakref.finalize(memory, self._forget, window, address).atexit = False
+        return raw.view(like.dtype)[:numel]
+
+    def delivered(self, window: int, reader: int) -> None:
+        """Note that ``reader`` has been sent the descriptor."""
+        fd = self.undelivered.pop((window, reader))
+        if fd not in self.undelivered.values():
+            os.close(fd)
+
+    def _forget(self, window: int, address: int) -> None:
+        del self.at[address]
+        for reader in self._readers:
+            if (window, reader) in self.undelivered:
+                self.delivered(window, reader)
+        self.gone.append(window)
+
+
+def map_window(fd: int) -> Memory:
+    """Return the memory of another process's window, and close ``fd``."""
+    try:
+        return _map(fd, os.fstat(fd).st_size)
+    finally:
+        os.close(fd)
+
+
+def _map(fd: int, nbytes: int) -> Memory:
+    """Map ``fd``; the mapping goes with the last reference to what is returned.
+
+    Python's own ``mmap`` keeps a duplicate of the descriptor, and a process may have a thousand.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), f"cannot map {nbytes} bytes of shared memory")
+    memory = (ctypes.c_ubyte * nbytes).from_address(address)
+    weakref.finalize(memory, libc.munmap, address, nbytes).atexit = False
+    return memory
