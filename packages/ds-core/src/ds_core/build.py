@@ -133,6 +133,7 @@ def _context(settings: Config, group: dist.ProcessGroup | None, device: torch.de
         compute_dtype=compute,
         group=group,
         gradient_dtype=_DTYPES[settings.data_types.grad_accum_dtype],
+        keep_fp32=settings.data_types.keep_in_fp32_modules or (),
     )
     return replace(
         bare,

@@ -76,6 +76,8 @@ class BuildContext:
     """Communication, or None for the plugin's torch default."""
     gradient_dtype: torch.dtype = torch.float32
     """Data type in which summed gradients are kept until the step."""
+    keep_fp32: tuple[str, ...] = ()
+    """Classes, or parts of qualified names, of modules that stay in float32 under a lower ``compute_dtype``."""
 
 
 # Communication #

@@ -14,6 +14,7 @@ from torch import nn
 from .collectives import collectives_of
 from .config import Precision, ZeroConfig
 from .flat import Flat, Resources, StoragePool
+from .kept import compute_dtypes
 from .kernels import TorchKernels
 from .layout import Spec, plan
 from .placement import Placement, placements_of
@@ -114,7 +115,7 @@ def shard(
     shared = Resources(comm, kernels, StoragePool(), StoragePool(comm.allocate), placements, precision.gradient)
     groups = _own_groups(model, param_groups) if make_optimizer else []
     group_of = {param: index for index, entry in enumerate(groups) for param in entry["params"]}
-    units = _build_units(model, config, precision, group_of, shared)
+    units = _build_units(model, config, compute_dtypes(model, precision), group_of, shared)
     _broadcast_buffers(model, comm)
     optimizer = make_optimizer(_shard_groups(groups, units)) if make_optimizer else None
     return Sharded(model, units, optimizer, update=parts.update, shared=shared)
@@ -161,7 +162,7 @@ def _own_groups(model: nn.Module, param_groups: ParamGroups | None) -> ParamGrou
 def _build_units(
     model: nn.Module,
     config: ZeroConfig,
-    precision: Precision,
+    dtypes: dict[nn.Parameter, torch.dtype],
     group_of: dict[nn.Parameter, int],
     shared: Resources,
 ) -> list[Unit]:
@@ -169,7 +170,7 @@ def _build_units(
     units, num_flats = [], 0
     for group in units_of(model, config.unit_classes):
         flats = []
-        for (dtype, trained), named in _by_kind(group, precision, group_of).items():
+        for (dtype, trained), named in _by_kind(group, dtypes, group_of).items():
             specs = [Spec(name, param.shape, group_of.get(param, _FROZEN)) for name, param in named]
             layout = plan(specs, shared.comm.size)
             by_name = dict(named)
@@ -181,19 +182,18 @@ def _build_units(
 
 
 def _by_kind(
-    group: Group, precision: Precision, group_of: dict[nn.Parameter, int]
+    group: Group, dtypes: dict[nn.Parameter, torch.dtype], group_of: dict[nn.Parameter, int]
 ) -> dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]]:
     """Split a group's parameters by compute data type and by whether they are trained."""
     kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, param in group.params:
         trained = param in group_of
-        dtype = precision.compute if precision.compute and param.is_floating_point() else param.dtype
         if trained and param.dtype not in _TRAINABLE:
             raise NotImplementedError(
                 f"parameter {name!r} is {param.dtype}: the optimizer works on float32; convert the model first, for "
                 "example with model.float()"
             )
-        kinds.setdefault((dtype, trained), []).append((name, param))
+        kinds.setdefault((dtypes[param], trained), []).append((name, param))
     return kinds
 
 

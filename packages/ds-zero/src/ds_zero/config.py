@@ -54,6 +54,10 @@ class Precision:
     """Of gradient sums until the step. Half the memory in bfloat16, at the price of rounding each partial sum,
     which makes the result depend on the number of ranks."""
 
+    keep_fp32: tuple[str, ...] = ()
+    """Modules that stay in float32 where ``compute`` is lower: names of their classes (``"LayerNorm"``), or parts of
+    their qualified names. See [Note: Kept modules]."""
+
     def __post_init__(self) -> None:
         for name, dtype in (("compute", self.compute), ("gradient", self.gradient)):
             if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):

@@ -28,12 +28,17 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import get_gradient_edge
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.utils import _pytree as pytree
 
-from .units import Phase, Residency, Unit
+from .outside import OutsideReads, without_views
+from .units import Phase, Presence, Residency, Unit, in_backward
 
 _MAX_IN_FLIGHT = 2
+_UNSEEN = (
+    "parameter {!r} took part in a forward pass without being read from its module, so it was not whole and read as "
+    "NaN: read it as an attribute of the module that holds it (module.weight) each time it is used"
+)
 _OPAQUE_OK = (type(None), bool, int, float, complex, str, bytes, torch.dtype, torch.device, torch.Size)
 
 
@@ -64,8 +69,8 @@ class Reducer:
         """Whether a pass has begun and not ended."""
         return self._open
 
-    def open(self) -> None:
-        """Note that a backward pass is running; called by every hook that can come first."""
+    def open(self, _grad: Tensor | None = None) -> None:
+        """Note that a backward pass is running; called by every hook that can come first, or as one."""
         if not self._open:
             self._open = True
             queue = cast(
@@ -146,18 +151,24 @@ class Hooks:
     Args:
         residency: Brings sharded units in.
         reducer: Sends gradients.
+        reads: Parameters read outside their unit.
     """
 
-    def __init__(self, residency: Residency, reducer: Reducer) -> None:
+    def __init__(self, residency: Residency, reducer: Reducer, reads: OutsideReads) -> None:
         self._residency = residency
+        self._reads = reads
         self._reducer = reducer
         self._waiting_for_inputs: set[Unit] = set()
+        self._nodes: list[Node] = []  # that accumulate gradients; parameters alone do not keep them
 
     def install(self, unit: Unit, *, sharded: bool) -> None:
         """Install the hooks of ``unit``."""
         for flat_index, flat in enumerate(unit.trained_flats):
             for index, param in enumerate(flat.params):
-                param.register_post_accumulate_grad_hook(_weakly(self, unit, flat_index, index))
+                # a hook of the node comes after all hooks of the parameter, whenever its user added them
+                node = get_gradient_edge(param).node
+                node.register_hook(_weakly(self, unit, flat_index, index))
+                self._nodes.append(node)
         if sharded:
             for module in unit.modules:
                 module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
@@ -166,12 +177,13 @@ class Hooks:
     def guard(self, model: nn.Module) -> None:
         """Refuse a forward pass after a backward pass that was cut off; open passes in the caller's graph."""
         model.register_forward_pre_hook(self._check_last_pass, prepend=True)
-        model.register_forward_hook(self._watch_outputs)
+        model.register_forward_hook(self._watch_outputs, always_call=True)
 
     # Forward #
 
     def _check_last_pass(self, _module: nn.Module, _args: Any) -> None:
-        if self._reducer.is_open and not _in_backward():
+        self._reads.depth += 1
+        if self._reducer.is_open and not in_backward():
             raise RuntimeError(
                 "the last backward pass did not finish (did it raise?), so some gradients of its micro-batch are "
                 "summed and others are not: drop all gradients since the last step, on every rank, with "
@@ -179,31 +191,36 @@ class Hooks:
             )
 
     def _watch_outputs(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        if torch.is_grad_enabled() and not _in_backward():
+        self._reads.depth -= 1
+        if torch.is_grad_enabled() and not in_backward():
             for tensor in pytree.tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                    tensor.register_hook(self._open_pass)
-
-    def _open_pass(self, _grad: Tensor) -> None:
-        self._reducer.open()
+                    tensor.register_hook(self._reducer.open)
 
     def _before_forward(self, unit: Unit, _module: nn.Module, args: Any, kwargs: Any) -> None:
-        self._residency.need(unit, Phase.BACKWARD if _in_backward() else Phase.FORWARD)
+        self._residency.need(unit, Phase.BACKWARD if in_backward() else Phase.FORWARD)
         if (unit.has_frozen or self._reducer.is_partial(unit)) and torch.is_grad_enabled():
             inputs = [t for t in _tensors((args, kwargs), unit.name) if t.requires_grad]
             if inputs:
                 self._waiting_for_inputs.add(unit)
                 _when_all_have_gradients(inputs, partial(self._after_inputs, unit))
 
-    def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, output: Any) -> None:
-        if not _in_backward():
+    def _after_forward(self, unit: Unit, _module: nn.Module, _args: Any, output: Any) -> Any:
+        if not in_backward():
             # within a backward pass this is a recomputation: the backward pass of the unit follows at once
             self._residency.idle(unit)
+        tensors = list(_tensors(output, unit.name))
+        for tensor in tensors:
+            if tensor.layout is torch.strided and tensor.untyped_storage()._cdata in unit.memory:
+                output = without_views(output, unit)
+                tensors = list(_tensors(output, unit.name))
+                break
         if torch.is_grad_enabled():
             before_backward = partial(self._before_backward, unit)
-            for tensor in _tensors(output, unit.name):
+            for tensor in tensors:
                 if tensor.requires_grad:
                     tensor.register_hook(before_backward)
+        return output
 
     # Backward #
 
@@ -217,6 +234,8 @@ class Hooks:
 
     def after_gradient(self, unit: Unit, flat: int, param: int) -> None:
         """Note that one parameter of ``unit``, counted within one of its trained flats, has its gradient."""
+        if unit.presence is not Presence.WHOLE and unit not in self._reads.seen:
+            raise RuntimeError(_UNSEEN.format(unit.trained_flats[flat].layout.slots[param].name))
         if self._reducer.arrive(unit, flat, param) and unit not in self._waiting_for_inputs:
             self._residency.idle(unit)
 
@@ -226,15 +245,15 @@ class Hooks:
             self._residency.idle(unit)
 
 
-def _weakly(hooks: Hooks, unit: Unit, flat: int, param: int) -> Callable[[Tensor], None]:
-    """Return a parameter's hook that keeps neither alive.
+def _weakly(hooks: Hooks, unit: Unit, flat: int, param: int) -> Callable[[object, object], None]:
+    """Return the hook of a parameter's gradient node; it keeps neither alive.
 
     The garbage collector does not see through these hooks (torch holds them in C++), so a strong reference would
     close a cycle, parameter to hook to unit to parameter, and no partitioned model would ever be freed.
     """
     hooks_ref, unit_ref = weakref.ref(hooks), weakref.ref(unit)
 
-    def after_gradient(_param: Tensor) -> None:
+    def after_gradient(_inputs: object, _outputs: object) -> None:
         alive_hooks, alive_unit = hooks_ref(), unit_ref()
         if alive_hooks is not None and alive_unit is not None:
             alive_hooks.after_gradient(alive_unit, flat, param)
@@ -267,10 +286,6 @@ def _gradients_to_come(params: Sequence[nn.Parameter]) -> int:
         return sum(torch._C._will_engine_execute_node(node) for node in nodes)
     except RuntimeError:  # torch.autograd.grad, where the question is not supported
         return len(params) + 1
-
-
-def _in_backward() -> bool:
-    return torch._C._current_graph_task_id() != -1
 
 
 def _tensors(value: Any, unit: str) -> Iterator[Tensor]:

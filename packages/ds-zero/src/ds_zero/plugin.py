@@ -32,7 +32,9 @@ class ZeroPartitioner:
             config=self._config,
             group=context.group,
             param_groups=groups,
-            precision=Precision(compute=context.compute_dtype, gradient=context.gradient_dtype),
+            precision=Precision(
+                compute=context.compute_dtype, gradient=context.gradient_dtype, keep_fp32=context.keep_fp32
+            ),
             parts=Parts(update=update, kernels=context.kernels, collectives=context.collectives),
         )
 

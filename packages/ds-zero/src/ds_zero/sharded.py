@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import state
+from .outside import OutsideReads
 from .passes import Hooks, Reducer
 from .placement import Placement
 from .units import Phase, Residency, Unit
@@ -73,10 +74,13 @@ class Sharded:
         self._residency = Residency()
         self._reducer = Reducer(units, self._end_pass)
         self._norm: GradNorm | None = None  # of the gradients as they stand
-        hooks = Hooks(self._residency, self._reducer)
+        reads = OutsideReads(units, self._residency)
+        hooks = Hooks(self._residency, self._reducer, reads)
         hooks.guard(module)
         for unit in units:
             hooks.install(unit, sharded=self._sharded)
+        if self._sharded:
+            reads.watch(module)
 
     # Training #
 

@@ -10,11 +10,12 @@ made in vain, and nothing else happens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from .flat import Flat
 
@@ -51,6 +52,7 @@ class Unit:
         self._gradients = [flat.gradient for flat in flats if flat.gradient is not None]
         self.has_frozen = len(self.trained_flats) < len(self.flats)
         self.presence = Presence.SHARDED if sharded else Presence.WHOLE
+        self.memory = {flat.whole.untyped_storage()._cdata for flat in flats}  # the storage objects parameters view
         self._gathers: list[Handle] = []
         self._reductions: list[Handle] = []
 
@@ -112,7 +114,7 @@ class Residency:
 
     def __init__(self) -> None:
         self._live: list[Unit] = []  # not sharded, least recently used first
-        self._in_use: set[Unit] = set()
+        self.in_use: set[Unit] = set()  # read only, from outside
         self._follower: dict[tuple[Phase, Unit], Unit] = {}
         self._last: dict[Phase, Unit | None] = dict.fromkeys(Phase)
         self.peak_units = 0  # most units that held whole parameters at once
@@ -126,14 +128,14 @@ class Residency:
             unit.finish_unshard()
         self._live.remove(unit)
         self._live.append(unit)
-        self._in_use.add(unit)
+        self.in_use.add(unit)
         follower = self._follower.get((phase, unit))
         if follower is not None and follower.presence is Presence.SHARDED and self._make_room():
             self._begin(follower)
 
     def idle(self, unit: Unit) -> None:
         """Say that ``unit`` is not in use any more; it stays while there is room."""
-        self._in_use.discard(unit)
+        self.in_use.discard(unit)
 
     def end_pass(self, phase: Phase) -> None:
         """Say that no further unit follows in this pass; nothing is in use after it."""
@@ -141,11 +143,11 @@ class Residency:
         if last is not None:
             # what once came after it belonged to another pass
             self._follower.pop((phase, last), None)
-        self._in_use.clear()
+        self.in_use.clear()
 
     def drop_all(self) -> None:
         """Reshard everything: the shards have new values."""
-        self._in_use.clear()
+        self.in_use.clear()
         for unit in self._live:
             unit.reshard()
         self._live.clear()
@@ -165,9 +167,46 @@ class Residency:
     def _make_room(self) -> bool:
         """Reshard what has not been used for longest; False if all that is whole is in use."""
         while len(self._live) >= _CAPACITY:
-            unused = next((unit for unit in self._live if unit not in self._in_use), None)
+            unused = next((unit for unit in self._live if unit not in self.in_use), None)
             if unused is None:
                 return False
             unused.reshard()
             self._live.remove(unused)
         return True
+
+
+class WatchedParams(dict[str, "nn.Parameter | None"]):
+    """The parameters of one module; notices reads of those whose unit is not in use.
+
+    Args:
+        params: The parameters by name.
+        unit_of: The unit of each.
+        in_use: Units in use, kept up to date by their owner.
+        outside: Says what a parameter reads as that belongs to another unit.
+    """
+
+    __slots__ = ("_in_use", "_outside", "_unit_of")
+
+    def __init__(
+        self,
+        params: Mapping[str, nn.Parameter | None],
+        unit_of: Mapping[nn.Parameter, Unit],
+        in_use: Set[Unit],
+        outside: Callable[[nn.Parameter, Unit], Tensor],
+    ) -> None:
+        super().__init__(params)
+        self._unit_of = unit_of
+        self._in_use = in_use
+        self._outside = outside
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        if torch.compiler.is_compiling() or param is None:
+            return param  # a compiled block reads what is its own
+        unit = self._unit_of.get(param)
+        return param if unit is None or unit in self._in_use else self._outside(param, unit)
+
+
+def in_backward() -> bool:
+    """Whether this thread runs a backward pass."""
+    return torch._C._current_graph_task_id() != -1

@@ -81,6 +81,8 @@ class DataTypes:
 
     grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
     """What summed gradients are kept in until the step; None is fp32, which loses nothing."""
+    keep_in_fp32_modules: tuple[str, ...] | None = None
+    """Modules that stay in float32 under bf16 and fp16: names of classes, or parts of qualified names; None: none."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -56,7 +56,6 @@ UNAVAILABLE: Mapping[str, Feature] = {
     "bf16.bf16_master_weights_and_grads": Feature("training without float32 weights", (False,)),
     "bf16.bf16_optimizer_states": Feature("optimizer state in bfloat16", (False,)),
     "data_types.buffer_dtype": Feature("buffers in a data type of their own", ()),
-    "data_types.keep_in_fp32_modules": Feature("modules in a data type of their own", ()),
     "data_types.param_dtype": Feature("parameters in a data type of their own", ()),
     "fp16.fp16_master_weights_and_grads": Feature("training without float32 weights", (False,)),
     "gradient_allreduce_op": Feature("a gradient that is not the mean over ranks", ("mean",)),
