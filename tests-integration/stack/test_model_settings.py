@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import ds_core
+import pytest
 import torch
 from ds_testkit.models import micro_batch, seeded
 
@@ -31,3 +32,17 @@ def test_a_plain_backward_call_is_as_good_as_the_engines() -> None:
         assert ours.step() == plain.step()
     pairs = zip(ours.module.parameters(), plain.module.parameters(), strict=True)
     assert all(torch.equal(first, second) for first, second in pairs)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")  # torch._dynamo's own
+def test_the_engine_compiles() -> None:
+    plain, compiled = engine_of(), engine_of()
+    assert not compiled.is_compiled
+    compiled.compile(backend="aot_eager", compile_kwargs={"fullgraph": True})
+    assert compiled.is_compiled
+    losses = []
+    for engine in (plain, compiled):
+        for step in range(2):
+            losses.append(engine.backward(engine(micro_batch(step))))
+            engine.step()
+    assert torch.equal(torch.stack(losses[:2]), torch.stack(losses[2:]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +48,27 @@ class Engine(Stepping):
         self._vault = vault
 
     # Modes #
+
+    def compile(
+        self, backend: str | Callable[..., Any] = "inductor", compile_kwargs: Mapping[str, Any] | None = None
+    ) -> None:
+        """Compile each block of the model by itself, with communication outside of what is compiled.
+
+        Args:
+            backend: Of ``torch.compile``.
+            compile_kwargs: Other settings of ``torch.compile``, such as ``{"fullgraph": True}``.
+
+        Raises:
+            ValueError: The model has no block to compile.
+            RuntimeError: It is compiled already.
+        """
+        self._sharded.compile(**{"backend": backend, **(compile_kwargs or {})})
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+        return self._sharded.is_compiled
+
     def train(self, mode: bool = True) -> Engine:  # noqa: FBT001, FBT002 - torch's signature
         """Switch the model between training and evaluation."""
         self.module.train(mode)

@@ -244,6 +244,13 @@ class Sharded(Protocol):
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer over the shards: read and set its ``param_groups``, do not call its ``step``."""
 
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+
+    def compile(self, **settings: Any) -> None:
+        """Compile the model's blocks with ``torch.compile``, its ``settings``, and communication outside of them."""
+
     def set_sync(self, *, enabled: bool) -> None:
         """Whether a backward pass sends its gradients; without, they add up locally."""
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import state
+from .blocks import blocks_of, compile_blocks
 from .outside import OutsideReads
 from .passes import Hooks, Reducer
 from .placement import Placement
@@ -73,6 +74,7 @@ class Sharded:
         self._sharded = shared.placements.param is Placement.SHARD
         self._residency = Residency()
         self._reducer = Reducer(units, self._end_pass)
+        self.is_compiled = False
         self._norm: GradNorm | None = None  # of the gradients as they stand
         reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, reads)
@@ -81,6 +83,35 @@ class Sharded:
             hooks.install(unit, sharded=self._sharded)
         if self._sharded:
             reads.watch(module)
+
+    # Before training #
+
+    def compile(self, **settings: Any) -> None:
+        """Compile each block of the model by itself, with the gathers and reductions outside of what is compiled.
+
+        Blocks that are alike share one compiled graph. At stage 3 the parameters' memory changes from step to step,
+        which is no reason to compile anew. Parameters of other modules that a block reads are not seen within
+        compiled code (see [Note: Reads from outside]): pass such values in as arguments.
+
+        Args:
+            settings: Of ``torch.compile``, such as ``backend`` and ``fullgraph``.
+
+        Raises:
+            ValueError: No unit is a block: see ``ZeroConfig.unit_classes``.
+            RuntimeError: It is compiled already.
+
+        Example:
+            >>> from ds_zero import shard
+            >>> model = nn.Sequential(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), nn.Linear(4, 1))
+            >>> sharded = shard(model, lambda groups: torch.optim.AdamW(groups))
+            >>> sharded.compile(backend="eager", fullgraph=True)
+            >>> model(torch.ones(2, 4)).shape
+            torch.Size([2, 1])
+        """
+        if self.is_compiled:
+            raise RuntimeError("the model is compiled already: compile it once, with all settings")
+        compile_blocks(blocks_of(self._units), **settings)
+        self.is_compiled = True
 
     # Training #
 
