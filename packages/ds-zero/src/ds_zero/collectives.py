@@ -48,6 +48,7 @@ DONE = Pending(())
 
 _CONNECT_SECONDS = 60.0
 _ROWS = 1 << 20  # key of gather_rows, apart from those of buffers
+_MAX_PIECES = 32  # slices that a kernel adds at once; more are added row by row first
 
 
 class LocalCollectives:
@@ -187,7 +188,16 @@ class DenseCollectives(_Grouped):
         scratch = self._borrow(full, full.numel())
         received = scratch[: full.numel()]
         work = dist.all_to_all_single(received, full, group=self._group, async_op=True)
-        return Pending((work,), self._sum_then_return(out, self._slices(received), scratch))
+        rows = received.view(self.size, -1)
+        if self.size <= _MAX_PIECES:
+            return Pending((work,), self._sum_then_return(out, list(rows.unbind()), scratch))
+
+        def finish() -> None:
+            # on thousands of ranks: a few operations on matrices, not one on each rank's slice
+            self._kernels.tree_sum(out, list(_fold(rows, _MAX_PIECES).unbind()))
+            self._scratch.append(scratch)
+
+        return Pending((work,), finish)
 
 
 def collectives_of(
@@ -214,3 +224,21 @@ def collectives_of(
 def _place(out: Tensor, source: Tensor) -> None:
     if out.data_ptr() != source.data_ptr():
         out.copy_(source)
+
+
+def _fold(rows: Tensor, limit: int) -> Tensor:
+    """Add neighbouring rows in float32, level by level of the summation tree, until at most ``limit`` are left.
+
+    Overwrites ``rows`` if they are float32; otherwise takes half their number of elements of new memory.
+
+    Example:
+        >>> _fold(torch.tensor([[1.0], [2.0], [4.0], [8.0], [16.0]]), 3)
+        tensor([[ 3.],
+                [12.],
+                [16.]])
+    """
+    while rows.shape[0] > limit:
+        even, odd = rows[::2].float(), rows[1::2]
+        even[: odd.shape[0]].add_(odd)
+        rows = even
+    return rows

@@ -27,7 +27,12 @@ if TYPE_CHECKING:
     from ds_core.protocols import Json, StateSource, UpdateRule
 
     from .flat import Flat, Resources
+    from .gradient import FlatGradient
     from .state import Piece
+
+
+_MAX_NORM_ROWS = 1 << 21
+"""Subtree roots gathered at a time: 16 MB, for gradients of up to eight thousand million elements."""
 
 
 class GradNorm(NamedTuple):
@@ -75,6 +80,7 @@ class Sharded:
         self._residency = Residency()
         self._reducer = Reducer(units, self._end_pass)
         self.is_compiled = False
+        self._norm_batches = _norm_batches(self._trained, shared.comm.size)
         self._norm: GradNorm | None = None  # of the gradients as they stand
         reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, reads)
@@ -263,17 +269,29 @@ class Sharded:
         return 1.0 / (self.micro_batches * self._shared.comm.size)
 
     def _measure_norm(self, scale: float) -> GradNorm:
-        """Return the L2 norm of ``scale`` times the sums; one small message (see [Note: Norm tree]).
+        """Return the L2 norm of ``scale`` times the sums; small messages (see [Note: Norm tree]).
 
-        It takes 8 bytes for each 64 to 4,096 gradient elements.
+        They take 8 bytes for each 64 to 4,096 gradient elements.
         """
-        rows = [gradient.squares() for gradient in self._gradients]
-        gathered = self._shared.comm.gather_rows(torch.cat(rows))
-        chunks = _in_layout_order(gathered, [row.numel() for row in rows])
-        total = math.fsum(tree_root(_padded(chunks)).tolist())
+        roots: list[float] = []
+        for batch in self._norm_batches:
+            rows = [gradient.squares() for gradient in batch]
+            gathered = self._shared.comm.gather_rows(torch.cat(rows))
+            roots += tree_root(_padded(_in_layout_order(gathered, [row.numel() for row in rows]))).tolist()
+        total = math.fsum(roots)
         if math.isfinite(total):
             return GradNorm(math.sqrt(total) * scale, None)
-        return GradNorm(total, _first_not_finite(self._trained, chunks))
+        return GradNorm(total, self._first_not_finite(roots))
+
+    def _first_not_finite(self, roots: Sequence[float]) -> str | None:
+        """Name the parameter, from the squared norm of each flat, which all ranks have; communicates."""
+        for flat, gradient, root in zip(self._trained, self._gradients, roots, strict=True):
+            if not math.isfinite(root):
+                chunks = self._shared.comm.gather_rows(gradient.squares()).reshape(-1)
+                start = int(torch.nonzero(~torch.isfinite(chunks))[0]) * flat.layout.granule
+                names = [overlap.slot.name for overlap in flat.layout.overlaps(start, start + flat.layout.granule)]
+                return " or ".join(names)
+        return None
 
     def _end_pass(self) -> None:
         self._residency.end_pass(Phase.BACKWARD)
@@ -301,14 +319,19 @@ def _padded(chunks: Sequence[Tensor]) -> Tensor:
     return rows
 
 
-def _first_not_finite(flats: Sequence[Flat], chunks: Sequence[Tensor]) -> str | None:
-    for flat, chunk in zip(flats, chunks, strict=True):
-        bad = torch.nonzero(~torch.isfinite(chunk))
-        if bad.numel():
-            start = int(bad[0]) * flat.layout.granule
-            names = [overlap.slot.name for overlap in flat.layout.overlaps(start, start + flat.layout.granule)]
-            return " or ".join(names)
-    return None
+def _norm_batches(flats: Sequence[Flat], num_ranks: int) -> list[list[FlatGradient]]:
+    """Group the flats so that no message of the norm grows with the model: one on most models."""
+    batches: list[list[FlatGradient]] = []
+    width = 0  # of the widest flat in the last batch
+    for flat in flats:
+        if flat.gradient is not None:
+            rows = num_ranks * (flat.layout.shard_numel // flat.layout.granule)
+            width = max(width, rows)
+            if not batches or (len(batches[-1]) + 1) * width > _MAX_NORM_ROWS:
+                batches.append([])
+                width = rows
+            batches[-1].append(flat.gradient)
+    return batches
 
 
 def tree_root(rows: Tensor) -> Tensor:
