@@ -107,6 +107,8 @@ class _Grouped:
         for index, buffer in enumerate(self._scratch):
             if buffer.dtype == like.dtype and buffer.numel() >= numel:
                 return self._scratch.pop(index)
+        # what is too small for this taker would only be held in vain beside the new memory
+        self._scratch = [buffer for buffer in self._scratch if buffer.dtype != like.dtype]
         return like.new_empty(numel)
 
     def _slices(self, flat: Tensor) -> list[Tensor]:

@@ -195,7 +195,12 @@ class Hooks:
         if torch.is_grad_enabled() and not in_backward():
             for tensor in pytree.tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.grad_fn is not None:
-                    tensor.register_hook(self._reducer.open)
+                    tensor.register_hook(self._open_pass)
+
+    def _open_pass(self, _grad: Tensor) -> None:
+        if not self._reducer.is_open:
+            self._residency.end_pass(Phase.FORWARD)
+        self._reducer.open()
 
     def _before_forward(self, unit: Unit, _module: nn.Module, args: Any, kwargs: Any) -> None:
         self._residency.need(unit, Phase.BACKWARD if in_backward() else Phase.FORWARD)
@@ -224,10 +229,8 @@ class Hooks:
 
     # Backward #
 
-    def _before_backward(self, unit: Unit, _grad: Tensor) -> None:
-        if not self._reducer.is_open:
-            self._residency.end_pass(Phase.FORWARD)
-        self._reducer.open()
+    def _before_backward(self, unit: Unit, grad: Tensor) -> None:
+        self._open_pass(grad)
         if self._reducer.is_partial(unit):
             self._reducer.expect(unit)
         self._residency.need(unit, Phase.BACKWARD)

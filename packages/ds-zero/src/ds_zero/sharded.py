@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 _MAX_NORM_ROWS = 1 << 21
-"""Subtree roots gathered at a time: 16 MB, for gradients of up to eight thousand million elements."""
+"""Subtree roots gathered at a time, 16 MB: those of 8.6e9 gradient elements. More only for a unit that has more."""
 
 
 class GradNorm(NamedTuple):

@@ -3,9 +3,9 @@
 [Note: Fake ranks]
 torch's process group ``fake`` answers every collective at once and changes nothing; tensors on the device ``meta`` have
 shapes and data types only. Together they run the code of one rank out of any number, on a model of any size: what it
-asks for, in which order, and what it holds are the real ones; values are not. Two parts of the arithmetic look at values
-or loop over them, and are replaced where the partitioner takes them as arguments: the kernels, and the rows that the
-gradient norm reads.
+asks for, in which order, and what it holds are the real ones; values are not. Two parts of the arithmetic look at
+values or loop over them, and are replaced where the partitioner takes them as arguments: the kernels, and the rows
+that the gradient norm reads.
 """
 
 from __future__ import annotations
@@ -30,9 +30,11 @@ class Measured(NamedTuple):
     traffic: Traffic  # of the last step
     memory: ds_zero.MemoryReport
     receive_bytes: int  # buffers that gradients of the other ranks arrive in
+    largest_rows_bytes: int  # what the gradient norm gathers at a time
     num_params: int
     padding: int  # elements of all flats that belong to no parameter
     flats: list[int]  # length of each, in the order of the units
+    segments: list[int]  # elements of each of the optimizer's parameters: without what is padding
 
 
 @contextmanager
@@ -61,7 +63,10 @@ class ShapeKernels:
 class ReadableRows(CountedCollectives):
     """Counted collectives whose gathered rows can be read: zeros in real memory."""
 
+    largest_bytes = 0
+
     def gather_rows(self, row: Tensor) -> Tensor:
+        self.largest_bytes = max(self.largest_bytes, self.size * row.nbytes)
         return torch.zeros(super().gather_rows(row).shape, dtype=row.dtype, device="cpu")
 
 
@@ -94,7 +99,8 @@ def measure(
     """
     traffic, kernels = Traffic(), ShapeKernels()
     with fake_ranks(size, rank) as group, torch.device("meta"):
-        inner = collectives_of(group, kernels)
+        inner: Any = collectives_of(group, kernels, device=torch.device("meta"))
+        comm = ReadableRows(inner, traffic)
         model = make_model()
         num_params = sum(param.numel() for param in model.parameters())
         sharded = ds_zero.shard(
@@ -103,19 +109,21 @@ def measure(
             config=ds_zero.ZeroConfig(stage=stage),
             group=group,
             precision=precision or ds_zero.Precision(compute=torch.bfloat16),
-            parts=ds_zero.Parts(kernels=kernels, collectives=ReadableRows(inner, traffic)),
+            parts=ds_zero.Parts(kernels=kernels, collectives=comm),
         )
         for _ in range(steps):
             traffic.clear()
             make_loss(model).backward()
             sharded.grad_norm()
             sharded.step()
-    layouts = [flat.layout for unit in sharded._units for flat in unit.flats]
+    flats = [flat for unit in sharded._units for flat in unit.flats]
     return Measured(
         traffic=traffic,
         memory=sharded.memory(),
         receive_bytes=sum(buffer.nbytes for buffer in inner._scratch),
+        largest_rows_bytes=comm.largest_bytes,
         num_params=num_params,
-        padding=sum(layout.padding for layout in layouts),
-        flats=[layout.length for layout in layouts],
+        padding=sum(flat.layout.padding for flat in flats),
+        flats=[flat.layout.length for flat in flats],
+        segments=[segment.master.numel() for flat in flats for segment in flat.segments],
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -56,6 +57,10 @@ class CountedCollectives:
         self.rank: int = inner.rank
         self.size: int = inner.size
 
+    def allocate(self, numel: int, like: Tensor) -> Tensor:
+        memory: Tensor = self._inner.allocate(numel, like)
+        return memory
+
     def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Any:
         self._count("all_gather", (self.size - 1) * shard.numel(), shard)
         return self._inner.all_gather(out, shard, key=key)
@@ -63,6 +68,11 @@ class CountedCollectives:
     def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Any:
         self._count("reduce_scatter", (self.size - 1) * (full.numel() // self.size), full)
         return self._inner.reduce_scatter(out, full, key=key)
+
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Any:
+        sent = sum(part.numel() for rank, part in enumerate(outgoing) if rank != self.rank)
+        self._count("exchange", sent, incoming[self.rank])
+        return self._inner.exchange(outgoing, incoming, key=key)
 
     def gather_rows(self, row: Tensor) -> Tensor:
         self._count("gather_rows", (self.size - 1) * row.numel(), row)
