@@ -22,7 +22,7 @@ class Run(NamedTuple):
     clip: float | None = 0.3
     optimizer: str = "AdamW"
     model: dict[str, Any] = {}
-    host_memory: bool = True
+    settings: dict[str, Any] = {}  # of ZeroConfig, further ones
 
 
 class Result(NamedTuple):
@@ -47,7 +47,7 @@ def build(rank: Rank, run: Run) -> tuple[Transformer, ds_zero.Sharded]:
     sharded = ds_zero.shard(
         model,
         make_optimizer(run.optimizer),
-        config=ds_zero.ZeroConfig(stage=run.stage, host_memory=run.host_memory),
+        config=ds_zero.ZeroConfig(stage=run.stage, **run.settings),
         group=rank.group,
         precision=ds_zero.Precision(compute=run.compute),
     )

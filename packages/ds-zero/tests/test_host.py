@@ -34,9 +34,9 @@ CPU = torch.device("cpu")
 
 def join(rank: Rank, *, timeout: float = 60.0) -> HostCollectives:
     """Connect anew, with a timeout of its own."""
-    connected = links.connect(rank.group, 30.0)
+    connected = links.connect(rank.group, range(rank.size), 30.0)
     assert connected is not None
-    return HostCollectives(rank.group, connected, TorchKernels(), timeout)
+    return HostCollectives(rank.group, range(rank.size), connected, TorchKernels(), timeout)
 
 
 def data_of(rank: int, call: int, numel: int, dtype: torch.dtype) -> Tensor:
@@ -96,7 +96,7 @@ def test_every_verb_in_any_order(ranks: RankPool, size: int, dtype: torch.dtype)
 def test_bits_are_those_of_messages(ranks: RankPool, stage: int) -> None:
     run = Run(stage=stage, num_micro_batches=4, compute=torch.bfloat16, steps=2)
     read = assemble_run(ranks, run, size=2)
-    assert_same_bits(read, assemble_run(ranks, run._replace(host_memory=False), size=2))
+    assert_same_bits(read, assemble_run(ranks, run._replace(settings={"host_memory": False}), size=2))
 
 
 def gather_in_place(rank: Rank) -> None:
@@ -281,7 +281,7 @@ def knocks(rank: Rank) -> int:
         links._HANDSHAKE = Impostor()  # type: ignore[assignment]
         links.socket.socket = Socket  # type: ignore[misc]
     try:
-        connected = links.connect(rank.group, 30.0)
+        connected = links.connect(rank.group, range(rank.size), 30.0)
     finally:
         if rank.rank == 1:
             links._HANDSHAKE, links.socket.socket = original, Socket.__base__  # type: ignore[misc]

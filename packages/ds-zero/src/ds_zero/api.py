@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +18,7 @@ from .flat import Flat, Resources, StoragePool
 from .kept import compute_dtypes
 from .kernels import TorchKernels
 from .layout import Spec, plan
+from .mesh import Mesh, of_nodes, one_node, parts_of
 from .placement import Placement, placements_of
 from .sharded import Sharded
 from .units import Unit
@@ -109,16 +111,40 @@ def shard(
     kernels = parts.kernels or TorchKernels()
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    comm = parts.collectives or collectives_of(group, kernels, device=_device_of(model), host_memory=config.host_memory)
+    mesh = _mesh(parts, config, group, kernels, _device_of(model))
+    comm = mesh.everyone
     _check_num_ranks(comm, config)
-    placements = placements_of(config.stage, comm.size)
-    shared = Resources(comm, kernels, StoragePool(), StoragePool(comm.allocate), placements, precision.gradient)
+    hybrid = mesh.across.size > 1
+    placements = placements_of(
+        config.stage,
+        comm.size,
+        mics=hybrid and config.mics_shard_size > 0,
+        hpz=hybrid and config.zero_hpz_partition_size > 1,
+    )
+    shared = Resources(mesh, kernels, StoragePool(), StoragePool(comm.allocate), placements, precision.gradient)
     groups = _own_groups(model, param_groups) if make_optimizer else []
     group_of = {param: index for index, entry in enumerate(groups) for param in entry["params"]}
     units = _build_units(model, config, compute_dtypes(model, precision), group_of, shared)
     _broadcast_buffers(model, comm)
     optimizer = make_optimizer(_shard_groups(groups, units)) if make_optimizer else None
     return Sharded(model, units, optimizer, update=parts.update, shared=shared)
+
+
+def _mesh(
+    parts: Parts, config: ZeroConfig, group: dist.ProcessGroup | None, kernels: ShardKernels, device: torch.device
+) -> Mesh:
+    make = partial(collectives_of, kernels=kernels, device=device, host_memory=config.host_memory)
+    everyone = parts.collectives or make(group)
+    if not config.node_size or group is None or everyone.size == 1:
+        return one_node(everyone, kernels)
+    if parts.collectives is not None:
+        raise ValueError("nodes (mics_shard_size, zero_hpz_partition_size) need ds-zero's own collectives")
+    if everyone.size % config.node_size:
+        raise ValueError(f"{everyone.size} ranks are not a whole number of nodes of {config.node_size}")
+    if config.node_size == everyone.size:
+        return one_node(everyone, kernels)
+    nodes, across = parts_of(everyone.size, config.node_size)
+    return of_nodes(everyone, make(group, parts=nodes), make(group, parts=across))
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -166,13 +192,13 @@ def _build_units(
     group_of: dict[nn.Parameter, int],
     shared: Resources,
 ) -> list[Unit]:
-    sharded = shared.placements.param is Placement.SHARD
+    sharded = shared.placements.param is not Placement.REPLICATE
     units, num_flats = [], 0
     for group in units_of(model, config.unit_classes):
         flats = []
         for (dtype, trained), named in _by_kind(group, dtypes, group_of).items():
             specs = [Spec(name, param.shape, group_of.get(param, _FROZEN)) for name, param in named]
-            layout = plan(specs, shared.comm.size)
+            layout = plan(specs, shared.mesh.everyone.size)
             by_name = dict(named)
             params = [by_name[slot.name] for slot in layout.slots]
             flats.append(Flat(layout, params, dtype=dtype, trained=trained, key=num_flats, shared=shared))

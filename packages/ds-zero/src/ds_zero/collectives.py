@@ -87,12 +87,13 @@ class LocalCollectives:
 class _Grouped:
     """What the collectives of a real group share."""
 
-    def __init__(self, group: dist.ProcessGroup, kernels: ShardKernels) -> None:
+    def __init__(self, group: dist.ProcessGroup, kernels: ShardKernels, members: Sequence[int] | None = None) -> None:
         self._group = group
         self._kernels = kernels
         self._scratch: list[Tensor] = []
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self._members = range(dist.get_world_size(group)) if members is None else members  # ranks of the group
+        self.rank = self._members.index(dist.get_rank(group))
+        self.size = len(self._members)
 
     def allocate(self, numel: int, like: Tensor) -> Tensor:
         """Return 1D memory of ``like``'s data type and device; arbitrary contents."""
@@ -100,7 +101,7 @@ class _Grouped:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        dist.broadcast(tensor, group=self._group, group_src=self._members[0])
 
     def _borrow(self, like: Tensor, numel: int) -> Tensor:
         """Return a 1D receive buffer; kept from call to call, since fresh memory costs page faults."""
@@ -160,8 +161,8 @@ class PeerCollectives(_Grouped):
         works: list[dist.Work | None] = []
         for distance in range(1, self.size):
             src, dst = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-            works.append(dist.irecv(incoming[src], group=self._group, group_src=src, tag=tag))
-            works.append(dist.isend(outgoing[dst], group=self._group, group_dst=dst, tag=tag))
+            works.append(dist.irecv(incoming[src], group=self._group, group_src=self._members[src], tag=tag))
+            works.append(dist.isend(outgoing[dst], group=self._group, group_dst=self._members[dst], tag=tag))
         return works
 
 
@@ -203,7 +204,12 @@ class DenseCollectives(_Grouped):
 
 
 def collectives_of(
-    group: dist.ProcessGroup | None, kernels: ShardKernels, *, device: torch.device, host_memory: bool = True
+    group: dist.ProcessGroup | None,
+    kernels: ShardKernels,
+    *,
+    device: torch.device,
+    host_memory: bool = True,
+    parts: Sequence[Sequence[int]] | None = None,
 ) -> Collectives:
     """Return the collectives that suit ``group``: its backend and its ranks' hosts decide. All ranks call it.
 
@@ -212,15 +218,38 @@ def collectives_of(
         kernels: Ordered sums.
         device: Where the data lie.
         host_memory: Whether ranks that all run on one host may read each other's memory, for data on CPU.
+        parts: Disjoint sets of ranks of ``group``, the same on every rank, that communicate among themselves; one
+            contains this rank. None: all ranks are one set.
+
+    Raises:
+        ValueError: ``parts`` need groups of their own, and ``group`` is not all ranks.
     """
-    if group is None or dist.get_world_size(group) == 1:
+    if group is None:
         return LocalCollectives(kernels)
+    rank, size = dist.get_rank(group), dist.get_world_size(group)
+    members = next(part for part in parts or [range(size)] if rank in part)
     if dist.get_backend(group) not in ("gloo", "mpi"):
-        return DenseCollectives(group, kernels)
-    sockets = connect(group, _CONNECT_SECONDS) if host_memory and device.type == "cpu" else None
+        own = group if parts is None else _own_group(group, parts)
+        return DenseCollectives(own, kernels) if len(members) > 1 else LocalCollectives(kernels)
+    # called by ranks that are alone, too: all ranks of the group learn where all are
+    sockets = connect(group, members, _CONNECT_SECONDS) if host_memory and device.type == "cpu" and size > 1 else None
+    if len(members) == 1:
+        return LocalCollectives(kernels)
     if sockets is None:
-        return PeerCollectives(group, kernels)
-    return HostCollectives(group, sockets, kernels, group._get_backend(device).options._timeout.total_seconds())
+        return PeerCollectives(group, kernels, members)
+    timeout = group._get_backend(device).options._timeout
+    return HostCollectives(group, members, sockets, kernels, timeout.total_seconds())
+
+
+def _own_group(group: dist.ProcessGroup, parts: Sequence[Sequence[int]]) -> dist.ProcessGroup:
+    """Return a process group of the part that holds this rank."""
+    if dist.get_world_size(group) != dist.get_world_size():
+        raise ValueError(
+            f"nodes of a group of {dist.get_world_size(group)} among {dist.get_world_size()} ranks: the backend "
+            f"{dist.get_backend(group)!r} makes groups with all ranks only; use all of them, or no nodes"
+        )
+    groups: list[dist.ProcessGroup] = [dist.new_group(part) for part in parts]
+    return next(made for made, part in zip(groups, parts, strict=True) if dist.get_rank() in part)
 
 
 def _place(out: Tensor, source: Tensor) -> None:

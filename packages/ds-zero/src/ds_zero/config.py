@@ -33,9 +33,33 @@ class ZeroConfig:
     host_memory: bool = True
     """Whether CPU ranks that all run on one host read each other's memory instead of sending messages."""
 
+    mics_shard_size: int = -1
+    """Ranks of a node (consecutive ranks); state is sharded within each node and repeated on all of them (hybrid
+    sharding, MiCS). -1: all ranks are one node."""
+
+    zero_hpz_partition_size: int = 1
+    """Ranks of a node; at stage 3 parameters are sharded within each node and repeated on all of them, gradients and
+    optimizer state are sharded over all ranks. 1: parameters, too, are sharded over all ranks."""
+
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"zero stage is one of 0, 1, 2, 3; got {self.stage!r}")
+        if self.mics_shard_size == 0 or self.mics_shard_size < -1 or self.zero_hpz_partition_size < 1:
+            raise ValueError(
+                "the ranks of a node are a positive number: got mics_shard_size = "
+                f"{self.mics_shard_size}, zero_hpz_partition_size = {self.zero_hpz_partition_size}"
+            )
+        if self.mics_shard_size > 0 and self.zero_hpz_partition_size > 1:
+            raise ValueError("mics_shard_size and zero_hpz_partition_size exclude each other: set one of them")
+        if self.zero_hpz_partition_size > 1 and self.stage != 3:
+            raise ValueError(f"zero_hpz_partition_size is about sharded parameters: it needs stage 3, got {self.stage}")
+
+    @property
+    def node_size(self) -> int | None:
+        """Ranks of a node; None: all."""
+        if self.mics_shard_size > 0:
+            return self.mics_shard_size
+        return self.zero_hpz_partition_size if self.zero_hpz_partition_size > 1 else None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -5,14 +5,16 @@
 name       shape  data type      what it is
 =========  =====  =============  ==========================================================================
 whole      [L]    compute        the parameters, as views, whenever they are whole; pooled memory if sharded
-shard      [S]    compute        this rank's interval of it; a view of ``whole`` if that is always there
+kept       [K]    compute        the interval of it that is kept from step to step; ``whole`` itself if that is all
+shard      [S]    compute        the interval of optimizer state, a view of ``kept``
 master     [S]    float32        what the optimizer updates; ``shard`` itself if that is float32 already
-                                 ([L] where optimizer state is replicated)
 leaf       [L]    compute        the gradient of one backward pass; pooled memory unless it is kept to the step
 reduced    [S]    gradient       sum over ranks and accumulation steps (see [Note: Summation tree]); this rank's
                                  interval of ``leaf`` where placement and data types allow it
-                                 ([L], gathered before the step, where optimizer state is replicated)
 =========  =====  =============  ==========================================================================
+
+L elements in all; how many K and S are is the placement's business (see [Note: Two axes]): L, one node's part or one
+rank's. ``reduced`` is summed in the shard of one rank among all, and gathered before the step if S is more.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .collectives import DONE
 from .gradient import FlatGradient
 from .layout import Layout
+from .mesh import Mesh
 from .placement import Placement, Placements
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Collectives, Handle, ShardKernels
+    from ds_core.protocols import Handle, ShardKernels
 
 
 class StoragePool:
@@ -108,7 +110,7 @@ class StoragePool:
 class Resources(NamedTuple):
     """What the flats of one model share."""
 
-    comm: Collectives
+    mesh: Mesh
     kernels: ShardKernels
     param_pool: StoragePool  # memory of whole parameters
     grad_pool: StoragePool  # memory of leaves
@@ -159,18 +161,23 @@ class Flat:
     ) -> None:
         self.layout = layout
         self.params = list(params)
-        self.own = layout.shard_of(shared.comm.rank)
+        mesh, param = shared.mesh, shared.placements.param
+        state = shared.placements.state if trained else Placement.SHARD
+        self.own = layout.shard_of(mesh.everyone.rank)
+        self.state_range = mesh.range_of(state, layout)
         self._key = key
         self._shared = shared
-        self._sharded = shared.placements.param is Placement.SHARD
-        replicated = trained and shared.placements.state is Placement.REPLICATE
-        self.state_range = (0, layout.length) if replicated else self.own
+        self._sharded = param is not Placement.REPLICATE
+        self._gather = mesh.between(param, Placement.REPLICATE)
+        self._refresh = None if state is param else mesh.between(state, param)
         values = self._take_values(torch.float32 if trained else dtype)
         self._whole = values.to(dtype) if self._sharded else self._sendable(values, dtype)  # 1D
         self._whole_bytes = self._whole.nbytes
-        self.shard = self._whole[slice(*self.own)]  # 1D
+        first, last = mesh.range_of(param, layout)
+        self._kept = self._whole[first:last]  # 1D
         if self._sharded:
-            self.shard = self._sendable(self.shard, dtype)
+            self._kept = self._sendable(self._kept, dtype)
+        self.shard = self._kept[self.state_range[0] - first : self.state_range[1] - first]  # 1D
         self.master = self._make_master(values)  # 1D, over state_range
         self.segments = self._make_segments() if trained else []
         self._views = [self._whole[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
@@ -187,7 +194,7 @@ class Flat:
     def begin_gather(self) -> Handle:
         """Lease memory for the whole parameters and ask for the other ranks' shards."""
         self._shared.param_pool.lease(self._whole.untyped_storage(), self._whole_bytes)
-        return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
+        return self._gather.all_gather(self._whole, self._kept, key=self._key)
 
     def attach(self) -> None:
         """Point the parameters at the whole buffer.
@@ -233,19 +240,15 @@ class Flat:
 
     def begin_refresh(self) -> Handle | None:
         """Bring replicated parameters up to date after their shards were updated; None: they are."""
-        if self._sharded or self._shared.placements.state is Placement.REPLICATE:
+        if self._refresh is None:
             return None
-        return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
+        return self._refresh.all_gather(self._kept, self.shard, key=self._key)
 
-    def load_master(self) -> Handle:
+    def load_master(self) -> Handle | None:
         """Derive everything else from ``master``, which was written from outside."""
         if self.shard.dtype != self.master.dtype:
-            first = self.own[0] - self.state_range[0]
-            self.shard.copy_(self.master[first : first + self.layout.shard_numel])
-        if self._sharded:
-            return DONE
-        # under replicated state each rank read the whole master, but only its shard was converted above
-        return self._shared.comm.all_gather(self._whole, self.shard, key=self._key)
+            self.shard.copy_(self.master)
+        return self.begin_refresh()
 
     # Properties #
 
@@ -257,7 +260,7 @@ class Flat:
     @property
     def param_bytes(self) -> int:
         """Bytes of compute parameters held from step to step, without pooled memory."""
-        return self.shard.nbytes if self._sharded else self._whole_bytes
+        return self._kept.nbytes
 
     @property
     def master_bytes(self) -> int:
@@ -271,29 +274,28 @@ class Flat:
         values = self.params[0].new_zeros(self.layout.length, dtype=dtype, requires_grad=False)
         for slot, param in zip(self.layout.slots, self.params, strict=True):
             values[slot.offset : slot.end].copy_(param.detach().reshape(-1))
-        self._shared.comm.broadcast(values)
+        self._shared.mesh.everyone.broadcast(values)
         return values
 
     def _sendable(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._shared.comm.allocate(values.numel(), values.new_empty(0, dtype=dtype)).copy_(values)
+        return self._shared.mesh.everyone.allocate(values.numel(), values.new_empty(0, dtype=dtype)).copy_(values)
 
     def _make_master(self, values: Tensor) -> Tensor:
         """Return the tensor over ``state_range`` that holds the exact values of the parameters."""
         if values.dtype == self._whole.dtype:
-            return self.shard if self.state_range == self.own else self._whole
+            return self.shard
         return values[slice(*self.state_range)].clone()
 
     def _make_segments(self) -> list[Segment]:
         first, last = self.state_range
         separate = self.master.dtype != self.shard.dtype
-        compute = self.shard if self.state_range == self.own else self._whole
         segments = []
         for group, (group_start, group_end) in sorted(self.layout.group_ranges().items()):
             start, end = max(first, group_start), min(last, group_end)
             if start < end:
                 part = slice(start - first, end - first)
                 master = nn.Parameter(self.master[part], requires_grad=True)
-                segments.append(Segment(group, start, master, compute[part] if separate else None))
+                segments.append(Segment(group, start, master, self.shard[part] if separate else None))
         return segments
 
 

@@ -126,27 +126,27 @@ class FlatGradient:
 
     def __init__(self, layout: Layout, params: Sequence[nn.Parameter], *, key: int, shared: Resources) -> None:
         dtype, device = params[0].dtype, params[0].device
-        own = slice(*layout.shard_of(shared.comm.rank))
-        kept = shared.placements.grad is Placement.REPLICATE
+        mesh, grad, state = shared.mesh, shared.placements.grad, shared.placements.state
+        own, held = layout.shard_of(mesh.everyone.rank), mesh.range_of(state, layout)
         self._params = params
         self._key = key
         self._shared = shared
-        self._everywhere = shared.placements.state is Placement.REPLICATE
+        self._gather = mesh.between(Placement.SHARD, state)
         # a rank's own gradient is kept only under sharded optimizer state, see [Note: Placement triple]
-        self._pooled = self._everywhere or not kept
+        self._pooled = state is Placement.REPLICATE or grad is not Placement.REPLICATE
         empty = torch.empty(0, dtype=dtype, device=device)
-        held = empty.new_empty(layout.length) if self._pooled else shared.comm.allocate(layout.length, empty)
-        self._leaf = held.zero_()  # 1D
+        leaf = empty.new_empty(layout.length) if self._pooled else mesh.everyone.allocate(layout.length, empty)
+        self._leaf = leaf.zero_()  # 1D
         self._leaf_bytes = self._leaf.nbytes
         self._views = [self._leaf[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
         self._gaps = [self._leaf[start:end] for start, end in layout.gaps()]
-        self._full: Tensor | None = None  # 1D, the reduced gradient on every rank
+        self._full: Tensor | None = None  # 1D, the reduced gradient where the optimizer works, if that is not the shard
         home = None
-        if self._everywhere:
-            self._full = torch.zeros(layout.length, dtype=shared.gradient_dtype, device=device)
-            home = self._full[own]
+        if state is not Placement.SHARD:
+            self._full = torch.zeros(held[1] - held[0], dtype=shared.gradient_dtype, device=device)
+            home = self._full[own[0] - held[0] : own[1] - held[0]]
         elif not self._pooled and dtype == shared.gradient_dtype:
-            home = self._leaf[own]
+            home = self._leaf[slice(*own)]
         if self._pooled:
             self._leaf.untyped_storage().resize_(0)
         self._sum = TreeSum(layout.shard_numel, shared.gradient_dtype, device, home)
@@ -185,7 +185,7 @@ class FlatGradient:
         self._filling = False
         self._accepted.clear()
         self._target = self._sum.target()
-        return self._shared.comm.reduce_scatter(self._target, self._leaf, key=self._key)
+        return self._shared.mesh.everyone.reduce_scatter(self._target, self._leaf, key=self._key)
 
     def finish_reduce(self) -> None:
         """Take the sum over the ranks, which has arrived, as the next leaf of the summation tree."""
@@ -215,10 +215,10 @@ class FlatGradient:
         return self._squares
 
     def for_optimizer(self) -> Tensor:
-        """Return the sum where the optimizer works: [S], or [L] under replicated state. Communicates then."""
+        """Return the sum over the interval of optimizer state; communicates if that is more than the shard."""
         if self._full is None:
             return self.reduced()
-        self._shared.comm.all_gather(self._full, self.reduced(), key=self._key).wait()
+        self._gather.all_gather(self._full, self.reduced(), key=self._key).wait()
         return self._full
 
     def clear(self) -> None:

@@ -94,18 +94,25 @@ class HostCollectives:
     """Plays the role ``Collectives``; see [Note: Reading in place].
 
     Args:
-        group: The ranks; communicates in :meth:`broadcast` only.
-        sockets: Connections to all other ranks, see [Note: Links].
+        group: A process group; communicates in :meth:`broadcast` only.
+        members: The ranks of it that communicate here.
+        sockets: Connections to all others of them, by index; see [Note: Links].
         kernels: Ordered sums.
         timeout: Seconds after which a wait is given up.
     """
 
     def __init__(
-        self, group: dist.ProcessGroup, sockets: dict[int, socket.socket], kernels: ShardKernels, timeout: float
+        self,
+        group: dist.ProcessGroup,
+        members: Sequence[int],
+        sockets: dict[int, socket.socket],
+        kernels: ShardKernels,
+        timeout: float,
     ) -> None:
-        self.rank = dist.get_rank(group)
-        self.size = dist.get_world_size(group)
+        self.rank = members.index(dist.get_rank(group))
+        self.size = len(members)
         self._group = group
+        self._first = members[0]
         self._sockets = sockets
         self._kernels = kernels
         self._timeout = timeout
@@ -152,7 +159,7 @@ class HostCollectives:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
-        dist.broadcast(tensor, group=self._group, group_src=0)
+        dist.broadcast(tensor, group=self._group, group_src=self._first)
 
     # Calls #
 

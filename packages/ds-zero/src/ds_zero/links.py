@@ -13,6 +13,7 @@ import os
 import secrets
 import socket
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch.distributed as dist
@@ -20,38 +21,40 @@ import torch.distributed as dist
 _HANDSHAKE = struct.Struct("<q16s")
 
 
-def connect(group: dist.ProcessGroup, timeout: float) -> dict[int, socket.socket] | None:
-    """Connect each rank of ``group`` to all others; None, on every rank, where they do not all run on one Linux host.
+def connect(group: dist.ProcessGroup, members: Sequence[int], timeout: float) -> dict[int, socket.socket] | None:
+    """Connect this rank to the others of ``members``; None, on all of them, where they are not on one Linux host.
 
-    All ranks call it. Costs one small collective of ``group``.
+    Args:
+        group: All its ranks call this function, each with the members it belongs to.
+        members: Ranks of ``group``, in one order on all of them.
+        timeout: Seconds.
 
     Returns:
-        One socket per other rank; see [Note: Links].
+        One socket per other member, by its index in ``members``; see [Note: Links]. Costs one small collective.
 
     Raises:
         TimeoutError: A rank did not connect within ``timeout`` seconds.
     """
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    listener, token = _listen(size), secrets.token_bytes(16)
+    own, listener, token = members.index(dist.get_rank(group)), _listen(len(members)), secrets.token_bytes(16)
     mine = None if listener is None else (_host(), listener.getsockname(), token)
     # what process groups exchange as objects is pickled, but comes from ranks that run this same program
-    everyone: list[tuple[str, bytes, bytes] | None] = [None] * size
+    everyone: list[tuple[str, bytes, bytes] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
-    present = [one for one in everyone if one is not None]
-    if listener is None or len(present) < size or len({host for host, _, _ in present}) > 1:
+    present = [one for one in (everyone[member] for member in members) if one is not None]
+    if listener is None or len(present) < len(members) or len({host for host, _, _ in present}) > 1:
         if listener is not None:
             listener.close()
         return None
     peers: dict[int, socket.socket] = {}
     with listener:
         listener.settimeout(timeout)
-        for other in range(rank):
+        for other in range(own):
             _, address, other_token = present[other]
             peers[other] = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             peers[other].settimeout(timeout)
             peers[other].connect(address)
-            peers[other].send(_HANDSHAKE.pack(rank, other_token))
-        while len(peers) < size - 1:
+            peers[other].send(_HANDSHAKE.pack(own, other_token))
+        while len(peers) < len(members) - 1:
             peer, _ = listener.accept()
             peer.settimeout(timeout)
             other, shown = _HANDSHAKE.unpack(peer.recv(_HANDSHAKE.size).ljust(_HANDSHAKE.size, b"\0"))

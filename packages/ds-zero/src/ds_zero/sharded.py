@@ -76,11 +76,11 @@ class Sharded:
         self._gradients = [flat.gradient for flat in self._flats if flat.gradient is not None]
         self._update = update
         self._shared = shared
-        self._sharded = shared.placements.param is Placement.SHARD
+        self._sharded = shared.placements.param is not Placement.REPLICATE
         self._residency = Residency()
         self._reducer = Reducer(units, self._end_pass)
         self.is_compiled = False
-        self._norm_batches = _norm_batches(self._trained, shared.comm.size)
+        self._norm_batches = _norm_batches(self._trained, shared.mesh.everyone.size)
         self._norm: GradNorm | None = None  # of the gradients as they stand
         reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, reads)
@@ -199,7 +199,7 @@ class Sharded:
         """Return live views of all state; see [Note: Pieces]."""
         buffers = state.persistent_buffers(self.module)
         pieces = [piece for flat in self._flats for piece in state.param_pieces(flat)]
-        pieces += state.buffer_pieces(buffers, self._shared.comm.rank)
+        pieces += state.buffer_pieces(buffers, self._shared.mesh.everyone.rank)
         scalars: dict[str, Json] = {"aliases": state.aliases(self.module)}
         if self.optimizer is not None:
             for flat in self._trained:
@@ -233,7 +233,9 @@ class Sharded:
         self._residency.drop_all()
         for flat in self._flats:
             state.load_params(flat, source, known)
-            flat.load_master().wait()
+            refresh = flat.load_master()
+            if refresh is not None:
+                refresh.wait()
         state.load_buffers(buffers, source, known)
         if with_optimizer is not None:
             state.load_optimizer(trained, with_optimizer, source, saved, known)
@@ -266,7 +268,7 @@ class Sharded:
             )
         if self.micro_batches == 0:
             raise RuntimeError("no backward pass since the last step: call loss.backward() first")
-        return 1.0 / (self.micro_batches * self._shared.comm.size)
+        return 1.0 / (self.micro_batches * self._shared.mesh.everyone.size)
 
     def _measure_norm(self, scale: float) -> GradNorm:
         """Return the L2 norm of ``scale`` times the sums; small messages (see [Note: Norm tree]).
@@ -276,7 +278,7 @@ class Sharded:
         roots: list[float] = []
         for batch in self._norm_batches:
             rows = [gradient.squares() for gradient in batch]
-            gathered = self._shared.comm.gather_rows(torch.cat(rows))
+            gathered = self._shared.mesh.everyone.gather_rows(torch.cat(rows))
             roots += tree_root(_padded(_in_layout_order(gathered, [row.numel() for row in rows]))).tolist()
         total = math.fsum(roots)
         if math.isfinite(total):
@@ -287,7 +289,7 @@ class Sharded:
         """Name the parameter, from the squared norm of each flat, which all ranks have; communicates."""
         for flat, gradient, root in zip(self._trained, self._gradients, roots, strict=True):
             if not math.isfinite(root):
-                chunks = self._shared.comm.gather_rows(gradient.squares()).reshape(-1)
+                chunks = self._shared.mesh.everyone.gather_rows(gradient.squares()).reshape(-1)
                 start = int(torch.nonzero(~torch.isfinite(chunks))[0]) * flat.layout.granule
                 names = [overlap.slot.name for overlap in flat.layout.overlaps(start, start + flat.layout.granule)]
                 return " or ".join(names)

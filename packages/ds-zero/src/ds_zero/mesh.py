@@ -1,0 +1,137 @@
+"""Ranks on two axes, nodes and ranks of a node, and the collectives between the placements on them.
+
+[Note: Order of shards]
+Gradients are summed in the order of ranks (see [Note: Summation tree]): first over the ranks of each node, then over
+nodes, which for powers of two is the one tree. Shards stand in another order: the interval of a node's i-th rank is cut
+into one shard per node, so that it is contiguous and gathering it over nodes needs no copy. Shard ``i * nodes + n``
+belongs to rank i of node n.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .collectives import LocalCollectives
+from .layout import Layout
+from .placement import Placement
+
+if TYPE_CHECKING:
+    from ds_core.protocols import Collectives, Handle, ShardKernels
+
+
+class Then:
+    """One collective after another; plays the role ``Handle``. What follows starts in :meth:`wait`."""
+
+    __slots__ = ("_first", "_then")
+
+    def __init__(self, first: Handle, then: Callable[[], Handle]) -> None:
+        self._first = first
+        self._then = then
+
+    def wait(self) -> None:
+        """Return when the result of the last one may be read."""
+        self._first.wait()
+        self._then().wait()
+
+
+class TwoLevelCollectives:
+    """Plays the role ``Collectives`` for all ranks; what crosses nodes has passed through the node first.
+
+    Between nodes each rank sends and receives 1 / (ranks of a node) of what it would in one level. ``rank`` is the
+    index of this rank's shard, see [Note: Order of shards].
+
+    Args:
+        everyone: All ranks, in their own order.
+        node: The ranks of this node.
+        across: The ranks with this one's index on all nodes.
+    """
+
+    def __init__(self, everyone: Collectives, node: Collectives, across: Collectives) -> None:
+        self._everyone = everyone
+        self._node = node
+        self._across = across
+        self._sums: list[Tensor] = []  # over the node, float32; kept from call to call
+        self.rank = node.rank * across.size + across.rank
+        self.size = everyone.size
+
+    def allocate(self, numel: int, like: Tensor) -> Tensor:
+        """Return 1D memory to send from."""
+        return self._node.allocate(numel, like)
+
+    def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Handle:
+        """Fill ``out`` (1D) with every rank's ``shard``, in the order of shards."""
+        interval = out.view(self._node.size, -1)[self._node.rank]
+        over_nodes = self._across.all_gather(interval, shard, key=key)
+        return Then(over_nodes, lambda: self._node.all_gather(out, interval, key=key))
+
+    def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Handle:
+        """Sum slice ``rank`` of every rank's ``full`` into ``out``; the sums of nodes travel in float32."""
+        numel = full.numel() // self._node.size
+        fitting = [sums for sums in self._sums if sums.numel() >= numel]
+        memory = fitting[0] if fitting else self._across.allocate(numel, full.new_empty(0, dtype=torch.float32))
+        self._sums = [sums for sums in self._sums if sums is not memory]
+        sums = memory[:numel]
+
+        def reduce_over_nodes() -> Handle:
+            reduction = self._across.reduce_scatter(out, sums, key=key)
+            self._sums.append(memory)
+            return reduction
+
+        return Then(self._node.reduce_scatter(sums, full, key=key), reduce_over_nodes)
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``[size, n]``: every rank's ``row``, in the order of shards."""
+        return self._node.gather_rows(self._across.gather_rows(row).view(-1)).view(self.size, -1)
+
+    def broadcast(self, tensor: Tensor) -> None:
+        """Overwrite ``tensor`` with rank 0's."""
+        self._everyone.broadcast(tensor)
+
+
+class Mesh(NamedTuple):
+    """The collectives of both axes."""
+
+    everyone: Collectives
+    node: Collectives
+    across: Collectives
+
+    def range_of(self, placement: Placement, layout: Layout) -> tuple[int, int]:
+        """Return the interval ``[start, end)`` that this rank holds of a buffer."""
+        if placement is Placement.REPLICATE:
+            return 0, layout.length
+        if placement is Placement.NODE:
+            numel = layout.length // self.node.size
+            return self.node.rank * numel, (self.node.rank + 1) * numel
+        return layout.shard_of(self.everyone.rank)
+
+    def between(self, narrow: Placement, wide: Placement) -> Collectives:
+        """Return the ranks over which intervals of placement ``narrow`` are gathered to one of ``wide``."""
+        if narrow is Placement.NODE:
+            return self.node
+        return self.across if wide is Placement.NODE else self.everyone
+
+
+def one_node(everyone: Collectives, kernels: ShardKernels) -> Mesh:
+    """Return the mesh of ranks that all count as one node."""
+    return Mesh(everyone, everyone, LocalCollectives(kernels))
+
+
+def of_nodes(everyone: Collectives, node: Collectives, across: Collectives) -> Mesh:
+    """Return the mesh of several nodes."""
+    return Mesh(TwoLevelCollectives(everyone, node, across), node, across)
+
+
+def parts_of(num_ranks: int, node_size: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Return the ranks of each node, and for each index those that have it.
+
+    Example:
+        >>> parts_of(4, 2)
+        ([[0, 1], [2, 3]], [[0, 2], [1, 3]])
+    """
+    ranks = list(range(num_ranks))
+    nodes = [ranks[first : first + node_size] for first in range(0, num_ranks, node_size)]
+    return nodes, [ranks[index::node_size] for index in range(node_size)]
