@@ -8,6 +8,7 @@ import ds_zero
 import pytest
 import torch
 from ds_testkit import Rank, RankPool
+from ds_testkit.models import Transformer
 from torch import Tensor
 
 from .helpers import Run, build, train_steps
@@ -174,3 +175,38 @@ def dropped(rank: Rank, run: Run) -> tuple[int, int]:
     train_steps(rank, run, model, sharded, range(1))
     del model, sharded
     return before, _live_bytes()
+
+
+def bytes_allocated(rank: Rank, stage: int | None) -> tuple[int, int]:
+    """Return the bytes that one warm step allocates, with ds-zero or (None) without, and the number of parameters."""
+    torch.manual_seed(0)
+    model, batch = Transformer(256, 128, 4, heads=2, context=64), torch.arange(64).unsqueeze(0)
+    sharded = None
+    if stage is not None:
+        config = ds_zero.ZeroConfig(stage=stage)
+        make = lambda groups: torch.optim.AdamW(groups, lr=1e-3, fused=True)  # noqa: E731
+        sharded = ds_zero.shard(model, make, config=config, group=rank.group)
+
+    def step() -> None:
+        for _ in range(2):
+            model(batch).backward()
+        if sharded is None:
+            model.zero_grad()
+        else:
+            sharded.step(min(1.0, 1.0 / sharded.grad_norm().value))
+
+    for _ in range(3):
+        step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    events = profile.profiler.kineto_results.events()
+    allocated = sum(event.nbytes() for event in events if event.name() == "[memory]" and event.nbytes() > 0)
+    return allocated, sum(param.numel() for param in model.parameters())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_warm_step_allocates_what_the_model_does(ranks: RankPool, stage: int) -> None:
+    """Beyond that only the norm's sums: 8 bytes for each 64 elements at most, and some more while they are added."""
+    alone, _ = ranks.run(bytes_allocated, None, size=2)[0]
+    for allocated, num_params in ranks.run(bytes_allocated, stage, size=2):
+        assert allocated - alone <= 4 * 8 * num_params / 64

@@ -15,6 +15,9 @@ _SLICE = 1 << 16  # elements squared at a time
 class TorchKernels:
     """Kernels from torch operations, for any device."""
 
+    def __init__(self) -> None:
+        self._squares = torch.empty(0, dtype=torch.float64)  # 1D, kept from call to call
+
     def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
         """Sum ``pieces`` in float32 along a binary tree over their order; ``out`` may be one of them.
 
@@ -43,7 +46,12 @@ class TorchKernels:
             tensor([256., 256.], dtype=torch.float64)
         """
         # slices that stay in cache: a float64 copy of all of x would be written to memory and read again
-        sums = torch.cat([part.double().square_().view(-1, LEAF).sum(dim=1) for part in x.split(_SLICE)])
+        if self._squares.numel() < min(_SLICE, x.numel()) or self._squares.device != x.device:
+            self._squares = torch.empty(min(_SLICE, x.numel()), dtype=torch.float64, device=x.device)
+        sums = torch.empty(x.numel() // LEAF, dtype=torch.float64, device=x.device)
+        for part, out in zip(x.split(_SLICE), sums.split(_SLICE // LEAF), strict=True):
+            squares = self._squares[: part.numel()].copy_(part).square_()
+            torch.sum(squares.view(-1, LEAF), dim=1, out=out)
         while sums.numel() * chunk > x.numel():
             sums = sums[::2] + sums[1::2]
         return sums
