@@ -53,6 +53,7 @@ def run(folder: Path, source: str, command: list[str]) -> None:
         ("packages/ds-core/README.md", 2, "", "assert weights.keys() == moments.keys() == {'weight', 'bias'}"),
         ("packages/ds-zero/README.md", 1, "", "assert norm > 0"),
         ("docs/scale.md", 1, "", "assert sent['all_gather'] == 14 * sent['reduce_scatter'] // 8"),
+        ("docs/models.md", 2, "", "assert engine.global_steps == 1 and run.saved.now == 512"),
         ("docs/checkpoints.md", 2, TRAINED, "assert client_state == {'epoch': 3} and problems == []"),
     ],
 )

@@ -2,17 +2,74 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import ds_core
 import pytest
 import torch
+from ds_testkit import Rank, RankPool
 from ds_testkit.models import micro_batch, seeded
+from ds_testkit.state import Exported, assembled, assert_same_bits, exported
 
 
 def engine_of(**settings: Any) -> ds_core.Engine:
     config = {"train_batch_size": 2, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}, **settings}
     return ds_core.initialize(seeded(), config=config).engine
+
+
+class Trained(NamedTuple):
+    pieces: list[Exported]
+    losses: list[float]
+    peak_units: int
+    graphs: int  # compiled
+
+
+def trained(rank: Rank, stage: int, compiled: bool, checkpointing: dict[str, Any]) -> Trained:
+    """Three steps with dropout; two micro-batches a step, dealt to the ranks."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    engine = ds_core.initialize(
+        seeded(dropout=0.2, layers=4),
+        config={
+            "train_batch_size": 4,
+            "train_micro_batch_size_per_gpu": 2,
+            "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+            "zero_optimization": {"stage": stage},
+            "activation_checkpointing": checkpointing,
+        },
+        group=rank.group,
+    ).engine
+    if compiled:
+        engine.compile(backend="aot_eager", compile_kwargs={"fullgraph": True})
+    losses = []
+    for step in range(3):
+        for index in range(rank.rank, 2, rank.size):
+            loss = engine(micro_batch(2 * step + index))
+            losses.append(engine.backward(loss).item())
+            engine.step()
+    sharded: Any = engine._sharded
+    return Trained(exported(sharded), losses, sharded.memory().peak_units, counters["stats"]["unique_graphs"])
+
+
+RECOMPUTED = [
+    {"blocks": True},
+    {"blocks": True, "cpu_checkpointing": True, "contiguous_memory_optimization": True, "number_checkpoints": 4},
+]
+
+
+@pytest.mark.rung_c
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_recomputed_blocks_change_no_bit(ranks: RankPool, compiled: bool) -> None:
+    (want,) = ranks.run(trained, 0, False, {}, size=1)
+    for stage, size in ((0, 1), (1, 2), (2, 2), (3, 2)):
+        for checkpointing in RECOMPUTED:
+            got = ranks.run(trained, stage, compiled, checkpointing, size=size)
+            assert_same_bits(assembled(each.pieces for each in got), assembled([want.pieces]))
+            assert [got[index % size].losses[index // size] for index in range(6)] == want.losses
+            assert {each.peak_units for each in got} == {2 if stage == 3 else 0}
+            assert {each.graphs for each in got} == {1 if compiled else 0}
 
 
 def test_modules_may_stay_in_float32() -> None:

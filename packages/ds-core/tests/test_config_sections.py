@@ -120,3 +120,15 @@ def test_the_old_name_of_bf16():
     assert parsed(bfloat16={"enabled": True}).bf16.enabled
     with pytest.raises(ValueError, match=r"bfloat16 = \{\} is the old name of bf16 = \{\}"):
         parsed(bfloat16={}, bf16={})
+
+
+def test_activation_checkpointing_says_what_has_no_effect():
+    switched_off = parsed(activation_checkpointing={"cpu_checkpointing": True})
+    assert switched_off.no_effect == {
+        "activation_checkpointing.cpu_checkpointing": "activation_checkpointing.blocks is false, "
+        "and a model has its own Checkpointer"
+    }
+    parallel = parsed(activation_checkpointing={"blocks": True, "partition_activations": True, "profile": True})
+    assert list(parallel.no_effect) == ["activation_checkpointing.partition_activations"]
+    with pytest.raises(ValueError, match="number_checkpoints must be positive, got 0"):
+        parsed(activation_checkpointing={"number_checkpoints": 0})

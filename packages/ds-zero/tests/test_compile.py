@@ -75,7 +75,7 @@ def test_what_cannot_be_compiled_is_an_error() -> None:
         return torch.optim.SGD(groups, lr=0.1)
 
     layers = ds_zero.shard(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), sgd)
-    with pytest.raises(ValueError, match="no block to compile: every unit is a single layer"):
+    with pytest.raises(ValueError, match="the model has no block: every unit is a single layer"):
         layers.compile()
     sharded = ds_zero.shard(seeded(), sgd)
     sharded.compile(backend="eager")

@@ -8,14 +8,18 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ._control import RankError
+    from .activations import Checkpointer
     from .build import Training, initialize
+    from .config import ActivationCheckpointing
     from .engine import Engine
     from .policy import StepOutcome
 
 __version__ = "0.1.0"
-__all__ = ["Engine", "RankError", "StepOutcome", "Training", "initialize"]
+__all__ = ["ActivationCheckpointing", "Checkpointer", "Engine", "RankError", "StepOutcome", "Training", "initialize"]
 
 _HOMES = {
+    "ActivationCheckpointing": ".config",
+    "Checkpointer": ".activations",
     "Engine": ".engine",
     "RankError": "._control",
     "StepOutcome": ".policy",

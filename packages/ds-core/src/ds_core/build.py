@@ -20,6 +20,7 @@ from . import config as configuration
 from . import loss_scale, registry
 from ._control import make_control
 from ._log import logger
+from .activations import Checkpointer
 from .data import Dealing, TrainLoader
 from .engine import Engine
 from .optimizers import ClientMaker
@@ -109,6 +110,10 @@ def initialize(
     groups = _param_groups(model, optimizer, model_parameters)
     maker = _optimizer_maker(settings, optimizer, groups, context)
     sharded = _partitioner(settings, context).shard(model, maker, groups)
+    if settings.activation_checkpointing.blocks:
+        # no two ranks have the same activations, so there is nothing to partition
+        kept = replace(settings.activation_checkpointing, partition_activations=False)
+        sharded.wrap_blocks(Checkpointer(kept))
     schedule = _schedule(settings, lr_scheduler, sharded.optimizer)
     policy = _policy(settings, context, rank, num_ranks)
     loader = _loader(settings, policy, training_data, collate_fn)

@@ -12,7 +12,7 @@ An entry point in one of the groups of :data:`GROUPS` names a *plugin object*: `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias
 
@@ -233,6 +233,13 @@ class OptimizerMaker(Protocol):
         """Return an optimizer over ``groups``, whose parameters are 1D shards."""
 
 
+class BlockCall(Protocol):
+    """How a block of the model is run: recomputed in the backward pass, for instance."""
+
+    def __call__(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+        """Return ``function(*args, **kwargs)``."""
+
+
 class Sharded(Protocol):
     """A model whose parameters, gradients and optimizer state are partitioned."""
 
@@ -250,6 +257,9 @@ class Sharded(Protocol):
 
     def compile(self, **settings: Any) -> None:
         """Compile the model's blocks with ``torch.compile``, its ``settings``, and communication outside of them."""
+
+    def wrap_blocks(self, call: BlockCall) -> None:
+        """Run each block of the model as ``call(forward, *args, **kwargs)``."""
 
     def set_sync(self, *, enabled: bool) -> None:
         """Whether a backward pass sends its gradients; without, they add up locally."""

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 
 from . import state
-from .blocks import blocks_of, compile_blocks
+from .blocks import Blocks
 from .outside import OutsideReads
 from .passes import Hooks, Reducer
 from .placement import Placement
 from .units import Phase, Residency, Unit
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Json, StateSource, UpdateRule
+    from ds_core.protocols import BlockCall, Json, StateSource, UpdateRule
 
     from .flat import Flat, Resources
     from .gradient import FlatGradient
@@ -79,8 +79,8 @@ class Sharded:
         self._sharded = shared.placements.param is not Placement.REPLICATE
         self._residency = Residency()
         self._reducer = Reducer(units, self._end_pass)
-        self.is_compiled = False
         self._norm_batches = _norm_batches(self._trained, shared.mesh.everyone.size)
+        self._blocks = Blocks(units)
         self._norm: GradNorm | None = None  # of the gradients as they stand
         reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, reads)
@@ -114,10 +114,27 @@ class Sharded:
             >>> model(torch.ones(2, 4)).shape
             torch.Size([2, 1])
         """
-        if self.is_compiled:
-            raise RuntimeError("the model is compiled already: compile it once, with all settings")
-        compile_blocks(blocks_of(self._units), **settings)
-        self.is_compiled = True
+        self._blocks.compile(**settings)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether :meth:`compile` was called."""
+        return self._blocks.is_compiled
+
+    def wrap_blocks(self, call: BlockCall) -> None:
+        """Run each block of the model as ``call(forward, *args, **kwargs)``, with no change to the model.
+
+        Gathers and reductions stay outside: a recomputation finds the parameters whole, and at most two units are.
+
+        Args:
+            call: For instance ``functools.partial(torch.utils.checkpoint.checkpoint, use_reentrant=False)``, or a
+                ``ds_core.Checkpointer``: activations of blocks are recomputed then.
+
+        Raises:
+            ValueError: No unit is a block: see ``ZeroConfig.unit_classes``.
+            RuntimeError: They are wrapped already.
+        """
+        self._blocks.wrap(call)
 
     # Training #
 

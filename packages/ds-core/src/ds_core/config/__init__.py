@@ -3,8 +3,20 @@
 from .batch import Batch
 from .parse import parse
 from .schema import schema
-from .sections import Choice, Config, Fp16
+from .sections import ActivationCheckpointing, Choice, Config, Fp16
 from .show import announce, effective
 from .source import Source, read
 
-__all__ = ["Batch", "Choice", "Config", "Fp16", "Source", "announce", "effective", "parse", "read", "schema"]
+__all__ = [
+    "ActivationCheckpointing",
+    "Batch",
+    "Choice",
+    "Config",
+    "Fp16",
+    "Source",
+    "announce",
+    "effective",
+    "parse",
+    "read",
+    "schema",
+]

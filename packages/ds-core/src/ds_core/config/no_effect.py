@@ -133,7 +133,6 @@ NO_EFFECT: Mapping[str, str] = {
     "wandb.project": _OFF,
     "wandb.team": _OFF,
     # Features that are off: their other keys.
-    "activation_checkpointing.number_checkpoints": _OFF,
     "autotuning.*": _OFF,
     "compile.*": _OFF,
     "curriculum_learning.*": _OFF,

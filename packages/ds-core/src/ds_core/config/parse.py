@@ -101,4 +101,4 @@ def _with_notes(config: Config, auto_keys: Iterable[str], no_effect: Mapping[str
     chosen = {key: value_at(values, key) for key in auto_keys}
     if config.optimizer is not None and config.optimizer.note:
         chosen["optimizer.type"] = config.optimizer.note
-    return replace(config, no_effect={**no_effect, **rules.idle(config.fp16)}, chosen=chosen)
+    return replace(config, no_effect={**no_effect, **rules.idle(config)}, chosen=chosen)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING
 
-from .sections import Fp16
+from .sections import ActivationCheckpointing, Config, Fp16
 
 if TYPE_CHECKING:
     from ..protocols import Json
@@ -40,17 +40,29 @@ def check(raw: Mapping[str, Json], *, client_optimizer: bool) -> None:
         raise ValueError("\n".join(problems))
 
 
-def idle(fp16: Fp16) -> dict[str, str]:
+def idle(config: Config) -> dict[str, str]:
     """Return the keys that have no effect because of another one, with the reason.
 
     DeepSpeed's files carry the settings of the loss scale along where float16 is off, so that is no error; at
     their defaults it is not worth a word either.
     """
-    if fp16.enabled:
-        return {}
-    defaults = asdict(Fp16())
-    values = asdict(fp16)
-    return {f"fp16.{key}": "fp16.enabled is false" for key in values if values[key] != defaults[key]}
+    found: dict[str, str] = {}
+    if not config.fp16.enabled:
+        found |= {f"fp16.{key}": "fp16.enabled is false" for key in _changed(config.fp16, Fp16())}
+    section = "activation_checkpointing"
+    changed = _changed(config.activation_checkpointing, ActivationCheckpointing())
+    if not config.activation_checkpointing.blocks:
+        found |= {
+            f"{section}.{key}": f"{section}.blocks is false, and a model has its own Checkpointer" for key in changed
+        }
+    elif "partition_activations" in changed:
+        found[f"{section}.partition_activations"] = "the model is not parallel, so no two ranks have one activation"
+    return found
+
+
+def _changed(section: Fp16 | ActivationCheckpointing, default: Fp16 | ActivationCheckpointing) -> list[str]:
+    values, defaults = asdict(section), asdict(default)
+    return [key for key in values if values[key] != defaults[key]]
 
 
 def _section(raw: Mapping[str, Json], name: str) -> Mapping[str, Json]:

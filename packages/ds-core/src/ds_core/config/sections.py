@@ -86,6 +86,31 @@ class DataTypes:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ActivationCheckpointing:
+    """Activations that are recomputed in the backward pass, and how the inputs for that are kept until then."""
+
+    blocks: bool = False
+    """Whether each block of the model (see ``unit_classes``) is recomputed, with no change to the model. Without, the
+    model calls a :class:`ds_core.Checkpointer` itself."""
+    partition_activations: bool = False
+    """Whether each rank of a model-parallel group keeps its part of a saved input only."""
+    cpu_checkpointing: bool = False
+    """Whether saved inputs wait in host memory, pinned where the model is on a GPU. On CPU that is where they are."""
+    contiguous_memory_optimization: bool = False
+    """Whether saved inputs are copied into buffers that are allocated once."""
+    number_checkpoints: int | None = None
+    """Saved inputs that one such buffer holds, usually the number of layers; None is 8. There may be several."""
+    synchronize_checkpoint_boundary: bool = False
+    """Whether the GPU's work is waited for before and after each recomputed function, for timing."""
+    profile: bool = False
+    """Whether torch.profiler shows ranges ``ds.activations.forward`` and ``ds.activations.recompute``."""
+
+    def __post_init__(self) -> None:
+        if self.number_checkpoints is not None and self.number_checkpoints <= 0:
+            raise ValueError(f"number_checkpoints must be positive, got {self.number_checkpoints}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class Kernels:
     """Which implementation of the fused kernels is used."""
 
@@ -133,6 +158,8 @@ class Config:
     """Training in bfloat16."""
     data_types: DataTypes = field(default_factory=DataTypes)
     """Other data types."""
+    activation_checkpointing: ActivationCheckpointing = field(default_factory=ActivationCheckpointing)
+    """Activations recomputed in the backward pass."""
     dataloader_drop_last: bool = False
     """Whether the data loader drops a last batch that is not full."""
     seed: int = 1234

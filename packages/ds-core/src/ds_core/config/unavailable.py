@@ -61,11 +61,6 @@ UNAVAILABLE: Mapping[str, Feature] = {
     "sparse_gradients": Feature("sparse gradients of embeddings", (False,)),
     "torch_autocast.enabled": Feature("torch.autocast; fp16 and bf16 cast the model", (False,)),
     # Memory and speed.
-    "activation_checkpointing.contiguous_memory_optimization": Feature("activation checkpointing", (False,)),
-    "activation_checkpointing.cpu_checkpointing": Feature("activation checkpointing", (False,)),
-    "activation_checkpointing.partition_activations": Feature("activation checkpointing", (False,)),
-    "activation_checkpointing.profile": Feature("activation checkpointing", (False,)),
-    "activation_checkpointing.synchronize_checkpoint_boundary": Feature("activation checkpointing", (False,)),
     "autotuning.enabled": Feature("autotuning", (False,)),
     "compile.deepcompile": Feature("compiled partitioning", (False,)),
     "compile.passes": Feature("compiled partitioning", ([],)),
