@@ -55,6 +55,32 @@ def test_eight_ranks_give_the_bits_of_one(ranks: RankPool, stage: int, compute: 
     assert_same_bits(train_on_threads(run, 8), assemble_run(ranks, run, size=1))
 
 
+def train_with_two_communicators(run: Run, size: int) -> State:
+    models = [seeded(**run.model) for _ in range(size)]
+
+    def on_rank(rank: int) -> list[Exported]:
+        kernels = TorchKernels()
+        comm = DenseCollectives(dist.group.WORLD, kernels, dist.new_group(list(range(size))))
+        sharded = ds_zero.shard(
+            models[rank],
+            make_optimizer(run.optimizer),
+            config=ds_zero.ZeroConfig(stage=run.stage),
+            parts=ds_zero.Parts(kernels=kernels, collectives=comm),
+        )
+        train_steps(Rank(rank, size, None), run, models[rank], sharded, range(run.steps))
+        return exported(sharded)
+
+    return assembled(on_threads(size, on_rank))
+
+
+@pytest.mark.rung_b
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_reductions_may_have_a_communicator_of_their_own(stage: int) -> None:
+    run = Run(stage=stage, num_micro_batches=8, steps=3)
+    assert_same_bits(train_with_two_communicators(run, 4), train_on_threads(run, 4))
+
+
 @pytest.mark.rung_c
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_three_ranks_agree_to_rounding(ranks: RankPool, stage: int) -> None:

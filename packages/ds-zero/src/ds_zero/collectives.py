@@ -5,6 +5,14 @@ A backend's own reduce-scatter adds in an order that depends on the algorithm an
 rank receives every rank's slice as it is (an all-to-all: the same volume as a ring reduce-scatter, and on gloo
 faster), and adds the slices itself, in float32 along [Note: Summation tree].
 
+[Note: Streams]
+A CUDA backend runs a collective on a stream of its communicator. It starts there when what the caller's stream held at
+the call is done, so no buffer is overwritten while kernels still read what it held; without that, a prefetched
+gather would write into the unit that is being computed. ``wait`` makes the caller's stream wait, not the host: what is
+enqueued before it overlaps. Buffers are given back only after ``wait``, and whoever takes them next writes from the
+same caller's stream; without that order, a leaf would be overwritten while it is still being sent. So no events of our
+own are needed. Memory comes from pools that outlive all streams: the allocator need not know which streams use it.
+
 Memory: ``(size - 1) / size`` of the input while it is in flight. Volume per rank, sent and received: ``(size - 1) /
 size`` of the input, in the input's data type.
 """
@@ -167,10 +175,20 @@ class PeerCollectives(_Grouped):
 
 
 class DenseCollectives(_Grouped):
-    """One collective operation per call, for backends without tagged messages (NCCL, threads, fake ranks)."""
+    """One collective operation per call, for backends without tagged messages (NCCL, threads, fake ranks).
 
-    def __init__(self, group: dist.ProcessGroup, kernels: ShardKernels) -> None:
+    Args:
+        group: The ranks.
+        kernels: Ordered sums.
+        reductions: A group of the same ranks with a communicator of its own, or None. Operations on one communicator
+            run one after the other: a gather asked for ahead of need would wait for the reductions before it.
+    """
+
+    def __init__(
+        self, group: dist.ProcessGroup, kernels: ShardKernels, reductions: dist.ProcessGroup | None = None
+    ) -> None:
         super().__init__(group, kernels)
+        self._reductions = reductions or group
         # torch 2.13 renamed it, and warns of the old name
         self._all_gather = vars(dist).get("all_gather_single", dist.all_gather_into_tensor)
 
@@ -190,7 +208,7 @@ class DenseCollectives(_Grouped):
         del key
         scratch = self._borrow(full, full.numel())
         received = scratch[: full.numel()]
-        work = dist.all_to_all_single(received, full, group=self._group, async_op=True)
+        work = dist.all_to_all_single(received, full, group=self._reductions, async_op=True)
         rows = received.view(self.size, -1)
         if self.size <= _MAX_PIECES:
             return Pending((work,), self._sum_then_return(out, list(rows.unbind()), scratch))
@@ -230,7 +248,11 @@ def collectives_of(
     members = next(part for part in parts or [range(size)] if rank in part)
     if dist.get_backend(group) not in ("gloo", "mpi"):
         own = group if parts is None else _own_group(group, parts)
-        return DenseCollectives(own, kernels) if len(members) > 1 else LocalCollectives(kernels)
+        if len(members) == 1:
+            return LocalCollectives(kernels)
+        # NCCL makes groups with all ranks only; a group of some has one communicator
+        apart = dist.get_backend(group) == "nccl" and size == dist.get_world_size()
+        return DenseCollectives(own, kernels, _own_group(group, parts or [range(size)]) if apart else None)
     # called by ranks that are alone, too: all ranks of the group learn where all are
     sockets = connect(group, members, _CONNECT_SECONDS) if host_memory and device.type == "cpu" and size > 1 else None
     if len(members) == 1:
@@ -248,7 +270,7 @@ def _own_group(group: dist.ProcessGroup, parts: Sequence[Sequence[int]]) -> dist
             f"nodes of a group of {dist.get_world_size(group)} among {dist.get_world_size()} ranks: the backend "
             f"{dist.get_backend(group)!r} makes groups with all ranks only; use all of them, or no nodes"
         )
-    groups: list[dist.ProcessGroup] = [dist.new_group(part) for part in parts]
+    groups: list[dist.ProcessGroup] = [dist.new_group(list(part)) for part in parts]
     return next(made for made, part in zip(groups, parts, strict=True) if dist.get_rank() in part)
 
 
