@@ -71,7 +71,7 @@ def initialize(
 
     Args:
         model: Built the same way on every rank; rank 0's values are taken. It is moved to this process's device and
-            partitioned in place.
+            partitioned in place. One that is too large for that is built under ``ds_zero.deferred()``.
         optimizer: An optimizer over the model's parameters, or a function that makes one from parameter groups; it
             wins over the configuration's.
         config: A DeepSpeed configuration: a dictionary, a path to a JSON file, or JSON text.
@@ -106,7 +106,8 @@ def initialize(
     if rank == 0:
         configuration.announce(settings)
     context = _context(settings, group, local_device(group, model))
-    model.to(context.device)
+    if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        model.to(context.device)  # what has no values yet is made there by the partitioner
     groups = _param_groups(model, optimizer, model_parameters)
     maker = _optimizer_maker(settings, optimizer, groups, context)
     sharded = _partitioner(settings, context).shard(model, maker, groups)

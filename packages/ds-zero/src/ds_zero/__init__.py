@@ -2,7 +2,19 @@
 
 from .api import Parts, shard
 from .config import Precision, ZeroConfig
+from .deferred import deferred
 from .sharded import GradNorm, MemoryReport, Sharded
 from .state import PartState, Piece
 
-__all__ = ["GradNorm", "MemoryReport", "PartState", "Parts", "Piece", "Precision", "Sharded", "ZeroConfig", "shard"]
+__all__ = [
+    "GradNorm",
+    "MemoryReport",
+    "PartState",
+    "Parts",
+    "Piece",
+    "Precision",
+    "Sharded",
+    "ZeroConfig",
+    "deferred",
+    "shard",
+]

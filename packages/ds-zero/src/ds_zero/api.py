@@ -5,20 +5,19 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
-from .collectives import collectives_of
 from .config import Precision, ZeroConfig
+from .construct import prepare, settle_rest
 from .flat import Flat, Resources, StoragePool
 from .kept import compute_dtypes
 from .kernels import TorchKernels
 from .layout import Spec, plan
-from .mesh import Mesh, of_nodes, one_node, parts_of
+from .mesh import mesh_of
 from .placement import Placement, placements_of
 from .sharded import Sharded
 from .units import Unit
@@ -55,6 +54,7 @@ def shard(
     param_groups: ParamGroups | None = None,
     precision: Precision | None = None,
     parts: Parts | None = None,
+    device: torch.device | None = None,
 ) -> Sharded:
     """Partition ``model`` over the ranks of ``group``, in place.
 
@@ -78,7 +78,9 @@ def shard(
     global micro-batch ``i * N + r``.
 
     Args:
-        model: Built the same way on every rank; rank 0's values are taken. Its parameters become views of flat
+        model: Built the same way on every rank: in memory, where rank 0's values are taken, parameter by parameter;
+            under :func:`ds_zero.deferred`, where no rank ever holds more than its part and one whole tensor; or on the
+            meta device, if its modules have ``reset_parameters``. Its parameters become views of flat
             buffers; at stage 3 they read as NaN outside the forward and backward pass of their module.
         make_optimizer: Makes an *elementwise* optimizer (each element is updated from its own gradient and state
             alone, as in SGD and Adam) from parameter groups whose parameters are flat float32 shards. None:
@@ -89,13 +91,15 @@ def shard(
             require a gradient.
         precision: Data types.
         parts: Collaborators to use instead of plain torch.
+        device: Where what stands on the meta device is made; None: with the rest of the model, or on torch's default
+            device. The meta device: it stays there, without values, which is enough to count memory and traffic.
 
     Returns:
         The partitioned model; call its ``module``.
 
     Raises:
-        ValueError: The groups name a parameter twice or one that is not the model's; or the number of ranks is not
-            a power of two and ``config.require_exact`` is set.
+        ValueError: The groups name a parameter twice or one that is not the model's; or ranks built different models;
+            or the number of ranks is not a power of two and ``config.require_exact`` is set.
         NotImplementedError: A trained parameter is neither float32 nor bfloat16 nor float16.
 
     Example:
@@ -111,7 +115,8 @@ def shard(
     kernels = parts.kernels or TorchKernels()
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
-    mesh = _mesh(parts, config, group, kernels, _device_of(model))
+    device = device or _device_of(model)
+    mesh = mesh_of(group, parts.collectives, kernels=kernels, config=config, device=device)
     comm = mesh.everyone
     _check_num_ranks(comm, config)
     hybrid = mesh.across.size > 1
@@ -124,31 +129,17 @@ def shard(
     shared = Resources(mesh, kernels, StoragePool(), StoragePool(comm.allocate), placements, precision.gradient)
     groups = _own_groups(model, param_groups) if make_optimizer else []
     group_of = {param: index for index, entry in enumerate(groups) for param in entry["params"]}
+    prepare(model, comm, device)
     units = _build_units(model, config, compute_dtypes(model, precision), group_of, shared)
+    settle_rest(model)
     _broadcast_buffers(model, comm)
     optimizer = make_optimizer(_shard_groups(groups, units)) if make_optimizer else None
     return Sharded(model, units, optimizer, update=parts.update, shared=shared)
 
 
-def _mesh(
-    parts: Parts, config: ZeroConfig, group: dist.ProcessGroup | None, kernels: ShardKernels, device: torch.device
-) -> Mesh:
-    make = partial(collectives_of, kernels=kernels, device=device, host_memory=config.host_memory)
-    everyone = parts.collectives or make(group)
-    if not config.node_size or group is None or everyone.size == 1:
-        return one_node(everyone, kernels)
-    if parts.collectives is not None:
-        raise ValueError("nodes (mics_shard_size, zero_hpz_partition_size) need ds-zero's own collectives")
-    if everyone.size % config.node_size:
-        raise ValueError(f"{everyone.size} ranks are not a whole number of nodes of {config.node_size}")
-    if config.node_size == everyone.size:
-        return one_node(everyone, kernels)
-    nodes, across = parts_of(everyone.size, config.node_size)
-    return of_nodes(everyone, make(group, parts=nodes), make(group, parts=across))
-
-
 def _device_of(model: nn.Module) -> torch.device:
-    return next((param.device for param in model.parameters()), torch.device("cpu"))
+    devices = (param.device for param in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.get_default_device())
 
 
 def _check_num_ranks(comm: Collectives, config: ZeroConfig) -> None:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .construct import settle, take
 from .gradient import FlatGradient
 from .layout import Layout
 from .mesh import Mesh
@@ -138,7 +139,8 @@ class Update(NamedTuple):
 class Flat:
     """See [Note: Buffers of a flat].
 
-    Construction takes the values of ``params`` over from rank 0 and makes them views of the buffer.
+    Construction takes the values of ``params`` over, one after the other (see :func:`~ds_zero.construct.take`), and
+    makes them views of the buffer: the memory that a parameter had before is free when the next one is taken.
 
     Args:
         layout: Where each parameter stands.
@@ -170,24 +172,25 @@ class Flat:
         self._sharded = param is not Placement.REPLICATE
         self._gather = mesh.between(param, Placement.REPLICATE)
         self._refresh = None if state is param else mesh.between(state, param)
-        values = self._take_values(torch.float32 if trained else dtype)
-        self._whole = values.to(dtype) if self._sharded else self._sendable(values, dtype)  # 1D
+        like = torch.empty(0, dtype=dtype, device=self.params[0].device)
+        # sharded, it is empty until it is gathered for the first time
+        self._whole = like.new_empty(layout.length) if self._sharded else self._sendable(layout.length, like)  # 1D
         self._whole_bytes = self._whole.nbytes
         first, last = mesh.range_of(param, layout)
-        self._kept = self._whole[first:last]  # 1D
-        if self._sharded:
-            self._kept = self._sendable(self._kept, dtype)
+        self._kept_from = first
+        self._kept = self._sendable(last - first, like) if self._sharded else self._whole  # 1D
         self.shard = self._kept[self.state_range[0] - first : self.state_range[1] - first]  # 1D
-        self.master = self._make_master(values)  # 1D, over state_range
-        self.segments = self._make_segments() if trained else []
         self._views = [self._whole[slot.offset : slot.end].view(slot.shape) for slot in layout.slots]
         self._absent = [_absent(view) for view in self._views]
+        if self._sharded:
+            self._whole.untyped_storage().resize_(0)
+        self.master = self._make_master(torch.float32 if trained else dtype)  # 1D, over state_range
+        self._take_values()
+        self.segments = self._make_segments() if trained else []
         self._versions: list[int] = []  # of the parameters when they were detached
-        self.attach()
         self.gradient = FlatGradient(layout, self.params, key=key, shared=shared) if trained else None
         if self._sharded:
             self.detach()
-            self._whole.untyped_storage().resize_(0)
 
     # Parameters #
 
@@ -269,22 +272,25 @@ class Flat:
 
     # Construction #
 
-    def _take_values(self, dtype: torch.dtype) -> Tensor:
-        """Return the parameters' values, rank 0's on every rank, laid out flat."""
-        values = self.params[0].new_zeros(self.layout.length, dtype=dtype, requires_grad=False)
-        for slot, param in zip(self.layout.slots, self.params, strict=True):
-            values[slot.offset : slot.end].copy_(param.detach().reshape(-1))
-        self._shared.mesh.everyone.broadcast(values)
-        return values
+    def _sendable(self, numel: int, like: Tensor) -> Tensor:
+        return self._shared.mesh.everyone.allocate(numel, like).zero_()
 
-    def _sendable(self, values: Tensor, dtype: torch.dtype) -> Tensor:
-        return self._shared.mesh.everyone.allocate(values.numel(), values.new_empty(0, dtype=dtype)).copy_(values)
+    def _make_master(self, exact: torch.dtype) -> Tensor:
+        """Return the tensor over ``state_range`` that will hold the exact values of the parameters."""
+        return self.shard if exact == self.shard.dtype else self.shard.new_zeros(self.shard.numel(), dtype=exact)
 
-    def _make_master(self, values: Tensor) -> Tensor:
-        """Return the tensor over ``state_range`` that holds the exact values of the parameters."""
-        if values.dtype == self._whole.dtype:
-            return self.shard
-        return values[slice(*self.state_range)].clone()
+    def _take_values(self) -> None:
+        """Fill what this rank keeps, and forget the rest of each parameter."""
+        kept = [(self._kept, self._kept_from)]
+        if self.master.dtype != self.shard.dtype:
+            kept.append((self.master, self.state_range[0]))
+        for slot, param, view in zip(self.layout.slots, self.params, self._views, strict=True):
+            values = take(param, self._shared.mesh.everyone).view(-1)
+            for target, first in kept:
+                start, end = max(first, slot.offset), min(first + target.numel(), slot.end)
+                if start < end:
+                    target[start - first : end - first].copy_(values[start - slot.offset : end - slot.offset])
+            settle(param, view)
 
     def _make_segments(self) -> list[Segment]:
         first, last = self.state_range

@@ -10,17 +10,21 @@ belongs to rank i of node n.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from .collectives import LocalCollectives
+from .collectives import LocalCollectives, collectives_of
 from .layout import Layout
 from .placement import Placement
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives, Handle, ShardKernels
+
+    from .config import ZeroConfig
 
 
 class Then:
@@ -113,6 +117,29 @@ class Mesh(NamedTuple):
         if narrow is Placement.NODE:
             return self.node
         return self.across if wide is Placement.NODE else self.everyone
+
+
+def mesh_of(
+    group: dist.ProcessGroup | None,
+    given: Collectives | None,
+    *,
+    kernels: ShardKernels,
+    config: ZeroConfig,
+    device: torch.device,
+) -> Mesh:
+    """Return the mesh of ``group`` as ``config`` cuts it into nodes; over ``given`` collectives if there are any."""
+    make = partial(collectives_of, kernels=kernels, device=device, host_memory=config.host_memory)
+    everyone = given or make(group)
+    if not config.node_size or group is None or everyone.size == 1:
+        return one_node(everyone, kernels)
+    if given is not None:
+        raise ValueError("nodes (mics_shard_size, zero_hpz_partition_size) need ds-zero's own collectives")
+    if everyone.size % config.node_size:
+        raise ValueError(f"{everyone.size} ranks are not a whole number of nodes of {config.node_size}")
+    if config.node_size == everyone.size:
+        return one_node(everyone, kernels)
+    nodes, across = parts_of(everyone.size, config.node_size)
+    return of_nodes(everyone, make(group, parts=nodes), make(group, parts=across))
 
 
 def one_node(everyone: Collectives, kernels: ShardKernels) -> Mesh:

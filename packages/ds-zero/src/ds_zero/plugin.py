@@ -36,6 +36,7 @@ class ZeroPartitioner:
                 compute=context.compute_dtype, gradient=context.gradient_dtype, keep_fp32=context.keep_fp32
             ),
             parts=Parts(update=update, kernels=context.kernels, collectives=context.collectives),
+            device=context.device,
         )
 
 
