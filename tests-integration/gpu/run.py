@@ -104,10 +104,56 @@ def reference_kernels_serve_the_device(device: torch.device) -> None:
     torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
 
 
+def recomputed_blocks_change_no_bit(device: torch.device) -> None:
+    """Saved inputs come back as they were from pinned host memory and from contiguous buffers."""
+    import ds_core
+
+    results = []
+    options: list[dict[str, bool]] = [
+        {"cpu_checkpointing": host, "contiguous_memory_optimization": rows, "synchronize_checkpoint_boundary": host}
+        for host in (False, True)
+        for rows in (False, True)
+    ]
+    for option in [None, *options]:
+        net = network(device)
+        sharded = ds_zero.shard(net, lambda groups: torch.optim.SGD(groups, lr=0.1))
+        run = ds_core.Checkpointer(ds_core.ActivationCheckpointing(**(option or {})))
+        if option is not None:
+            sharded.wrap_blocks(run)
+        for step in range(STEPS):
+            net(batch(step, device, None)).square().mean().backward()
+            sharded.step()
+        results.append(assembled([exported(sharded)]))
+        assert run.saved.now == 0
+        elsewhere = option is not None and (
+            option["contiguous_memory_optimization"] or (option["cpu_checkpointing"] and device.type == "cuda")
+        )
+        assert bool(run.saved.peak) == elsewhere
+    for result in results[1:]:
+        assert_same_bits(result, results[0])
+
+
+def compiled_blocks_agree(device: torch.device) -> None:
+    """The bits of aot_eager are those of torch."""
+    results = []
+    for backend in (None, "aot_eager"):
+        net = network(device)
+        sharded = ds_zero.shard(net, lambda groups: torch.optim.SGD(groups, lr=0.1))
+        if backend is not None:
+            sharded.compile(backend=backend, fullgraph=True)
+        for step in range(STEPS):
+            net(batch(step, device, None)).square().mean().backward()
+            sharded.step()
+        results.append(assembled([exported(sharded)]))
+    assert_same_bits(results[1], results[0])
+
+
 CHECKS: list[Callable[[torch.device], None]] = [
     ranks_and_stages_give_the_same_bits,
     equals_a_plain_loop,
     reference_kernels_serve_the_device,
+    recomputed_blocks_change_no_bit,
+    compiled_blocks_agree,
 ]
 
 
