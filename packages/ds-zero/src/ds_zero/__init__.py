@@ -5,6 +5,7 @@ from .config import Precision, ZeroConfig
 from .deferred import deferred
 from .sharded import GradNorm, MemoryReport, Sharded
 from .state import PartState, Piece
+from .weights import load_safetensors, save_safetensors
 
 __all__ = [
     "GradNorm",
@@ -16,5 +17,7 @@ __all__ = [
     "Sharded",
     "ZeroConfig",
     "deferred",
+    "load_safetensors",
+    "save_safetensors",
     "shard",
 ]

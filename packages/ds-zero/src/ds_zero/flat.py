@@ -167,7 +167,7 @@ class Flat:
         state = shared.placements.state if trained else Placement.SHARD
         self.own = layout.shard_of(mesh.everyone.rank)
         self.state_range = mesh.range_of(state, layout)
-        self._key = key
+        self.key = key
         self._shared = shared
         self._sharded = param is not Placement.REPLICATE
         self._gather = mesh.between(param, Placement.REPLICATE)
@@ -197,7 +197,7 @@ class Flat:
     def begin_gather(self) -> Handle:
         """Lease memory for the whole parameters and ask for the other ranks' shards."""
         self._shared.param_pool.lease(self._whole.untyped_storage(), self._whole_bytes)
-        return self._gather.all_gather(self._whole, self._kept, key=self._key)
+        return self._gather.all_gather(self._whole, self._kept, key=self.key)
 
     def attach(self) -> None:
         """Point the parameters at the whole buffer.
@@ -245,7 +245,7 @@ class Flat:
         """Bring replicated parameters up to date after their shards were updated; None: they are."""
         if self._refresh is None:
             return None
-        return self._refresh.all_gather(self._kept, self.shard, key=self._key)
+        return self._refresh.all_gather(self._kept, self.shard, key=self.key)
 
     def load_master(self) -> Handle | None:
         """Derive everything else from ``master``, which was written from outside."""

@@ -214,6 +214,10 @@ class FlatGradient:
             self._squares = self._shared.kernels.chunk_sumsq(self.reduced(), self._granule)
         return self._squares
 
+    def forget_squares(self) -> None:
+        """Say that :meth:`reduced` has been written from outside."""
+        self._squares = None
+
     def for_optimizer(self) -> Tensor:
         """Return the sum over the interval of optimizer state; communicates if that is more than the shard."""
         if self._full is None:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import state
+from .access import Access
 from .blocks import Blocks
 from .outside import OutsideReads
 from .passes import Hooks, Reducer
@@ -82,6 +83,14 @@ class Sharded:
         self._norm_batches = _norm_batches(self._trained, shared.mesh.everyone.size)
         self._blocks = Blocks(units)
         self._norm: GradNorm | None = None  # of the gradients as they stand
+        self.access = Access(
+            module,
+            self._flats,
+            optimizer,
+            shared=shared,
+            num_micro_batches=lambda: self.micro_batches,
+            changed=self._forget_derived,
+        )
         reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, reads)
         hooks.guard(module)
@@ -314,6 +323,11 @@ class Sharded:
 
     def _end_pass(self) -> None:
         self._residency.end_pass(Phase.BACKWARD)
+        self._norm = None
+
+    def _forget_derived(self) -> None:
+        """Parameters or gradients were written from outside."""
+        self._residency.drop_all()
         self._norm = None
 
     def _sharded_units_below(self, part: nn.Module) -> list[Unit]:
