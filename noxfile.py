@@ -141,11 +141,15 @@ def surface(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure beside the peers: -- train, or -- adamw, and their options (see benchmarks/README.md)."""
+    """Measure: -- train, -- adamw or -- large, and their options (see benchmarks/README.md)."""
     name, *options = session.posargs or ["train"]
     _install_wheels(session, *WHEELS, extra=["./tests-integration/testkit", "pybind11", "setuptools", "ninja"])
     session.install("-c", "constraints.txt", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
-    programs = {"train": ["-m", "benchmarks.train"], "adamw": ["packages/ds-kernels/benchmarks/adamw.py"]}
+    programs = {
+        "train": ["-m", "benchmarks.train"],
+        "adamw": ["packages/ds-kernels/benchmarks/adamw.py"],
+        "large": ["-m", "benchmarks.large"],
+    }
     if name not in programs:
         session.error(f"no benchmark {name!r}; there are: {', '.join(programs)}")
     session.run("python", *programs[name], *options)
