@@ -114,6 +114,12 @@ class Collectives(Protocol):
     def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Handle:
         """Sum slice ``rank`` of every rank's ``full`` (1D, ``size * n``) into ``out`` (1D, ``n``, may be wider)."""
 
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Handle:
+        """Send ``outgoing[r]`` to each rank r, and fill ``incoming[r]`` with what it sends (1D each, maybe empty).
+
+        What a rank sends to itself is copied. Lengths agree pairwise; the data type is one on all ranks.
+        """
+
     def gather_rows(self, row: Tensor) -> Tensor:
         """Return ``[size, n]``: every rank's ``row`` (1D, ``n``), in rank order. Blocks; meant for small rows."""
 

@@ -42,6 +42,7 @@ class Access:
         shared: What the flats share.
         num_micro_batches: Says how many backward passes the gradient sums hold.
         changed: Is told that gradients, or without that parameters, have been changed.
+        renewed: Is told on all ranks that masters have been changed.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -61,12 +62,14 @@ class Access:
         shared: Resources,
         num_micro_batches: Callable[[], int],
         changed: Callable[[], None],
+        renewed: Callable[[], None],
     ) -> None:
         self._optimizer = optimizer
         self.comm = shared.mesh.everyone
         self._spread = shared.mesh.between(Placement.SHARD, shared.placements.state)
         self._num_micro_batches = num_micro_batches
         self._changed = changed
+        self._renewed = renewed
         self._model = model
         self._names = dict(model.named_parameters(remove_duplicate=False))
         self._places = {
@@ -224,6 +227,7 @@ class Access:
         refresh = flat.load_master()
         if refresh is not None:
             refresh.wait()
+        self._renewed()
         self._changed()
 
     def _local_grad(self, place: _Place) -> Interval:

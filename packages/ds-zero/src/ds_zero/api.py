@@ -3,34 +3,30 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import nn
 
+from .building import build_units
 from .config import Precision, ZeroConfig
 from .construct import prepare, settle_rest
-from .flat import Flat, Resources, StoragePool
+from .flat import Resources, StoragePool
 from .kept import compute_dtypes
 from .kernels import TorchKernels
-from .layout import Spec, plan
 from .mesh import mesh_of
-from .placement import Placement, placements_of
+from .optimizing import make_over, own_groups
+from .placement import placements_of
 from .sharded import Sharded
-from .units import Unit
 from .update import torch_update
-from .wrap import Group, units_of
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives, ParamGroups, ShardKernels, UpdateRule
 
 logger = logging.getLogger(__package__)
-
-_TRAINABLE = (torch.float32, torch.bfloat16, torch.float16)
-_FROZEN = -1  # parameter group of what no optimizer updates
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -82,9 +78,9 @@ def shard(
             under :func:`ds_zero.deferred`, where no rank ever holds more than its part and one whole tensor; or on the
             meta device, if its modules have ``reset_parameters``. Its parameters become views of flat
             buffers; at stage 3 they read as NaN outside the forward and backward pass of their module.
-        make_optimizer: Makes an *elementwise* optimizer (each element is updated from its own gradient and state
-            alone, as in SGD and Adam) from parameter groups whose parameters are flat float32 shards. None:
-            nothing is trained.
+        make_optimizer: Makes any optimizer from parameter groups. It is called twice: on stand-ins for the model's
+            parameters, to find out what its updates depend on (see :class:`ds_zero.kinds.UpdateKind`), and on float32
+            shards or whole tensors accordingly. None: nothing is trained.
         config: Stage and units.
         group: The ranks. None: all of them, or this process alone where ``torch.distributed`` is not initialised.
         param_groups: As for ``torch.optim``, over the parameters of ``model``. None: one group of all that
@@ -126,15 +122,23 @@ def shard(
         mics=hybrid and config.mics_shard_size > 0,
         hpz=hybrid and config.zero_hpz_partition_size > 1,
     )
-    shared = Resources(mesh, kernels, StoragePool(), StoragePool(comm.allocate), placements, precision.gradient)
-    groups = _own_groups(model, param_groups) if make_optimizer else []
-    group_of = {param: index for index, entry in enumerate(groups) for param in entry["params"]}
+    arranged = own_groups(model, param_groups, make_optimizer)
+    group_of = {param: index for index, entry in enumerate(arranged.groups) for param in entry["params"]}
+    shared = Resources(
+        mesh,
+        kernels,
+        StoragePool(),
+        StoragePool(comm.allocate),
+        placements,
+        precision.gradient,
+        frozenset(index for index, kind in enumerate(arranged.kinds) if kind.per_tensor),
+    )
     prepare(model, comm, device)
-    units = _build_units(model, config, compute_dtypes(model, precision), group_of, shared)
+    units = build_units(model, config.unit_classes, compute_dtypes(model, precision), group_of, shared)
     settle_rest(model)
     _broadcast_buffers(model, comm)
-    optimizer = make_optimizer(_shard_groups(groups, units)) if make_optimizer else None
-    return Sharded(model, units, optimizer, update=parts.update, shared=shared)
+    optimizer, update, whole = make_over(units, arranged, make_optimizer, parts.update, shared)
+    return Sharded(model, units, optimizer, update=update, whole=whole, shared=shared)
 
 
 def _device_of(model: nn.Module) -> torch.device:
@@ -153,75 +157,6 @@ def _check_num_ranks(comm: Collectives, config: ZeroConfig) -> None:
         raise ValueError(f"{message}; use a power of two, or require_exact=False")
     if comm.rank == 0:
         logger.warning(message)
-
-
-def _own_groups(model: nn.Module, param_groups: ParamGroups | None) -> ParamGroups:
-    """Return ``param_groups`` with lists of parameters that require a gradient, checked against the model."""
-    names = {param: name for name, param in model.named_parameters()}
-    if param_groups is None:
-        param_groups = [{"params": list(names)}]
-    seen: set[nn.Parameter] = set()
-    groups = []
-    for index, entry in enumerate(param_groups):
-        params = [entry["params"]] if isinstance(entry["params"], nn.Parameter) else list(entry["params"])
-        for param in params:
-            if param not in names:
-                raise ValueError(
-                    f"parameter group {index} holds a parameter of shape {list(param.shape)} that is not the model's"
-                )
-            if param in seen:
-                raise ValueError(f"parameter {names[param]!r} stands in more than one optimizer parameter group")
-            seen.add(param)
-        groups.append({**entry, "params": [param for param in params if param.requires_grad]})
-    return groups
-
-
-def _build_units(
-    model: nn.Module,
-    config: ZeroConfig,
-    dtypes: dict[nn.Parameter, torch.dtype],
-    group_of: dict[nn.Parameter, int],
-    shared: Resources,
-) -> list[Unit]:
-    sharded = shared.placements.param is not Placement.REPLICATE
-    units, num_flats = [], 0
-    for group in units_of(model, config.unit_classes):
-        flats = []
-        for (dtype, trained), named in _by_kind(group, dtypes, group_of).items():
-            specs = [Spec(name, param.shape, group_of.get(param, _FROZEN)) for name, param in named]
-            layout = plan(specs, shared.mesh.everyone.size)
-            by_name = dict(named)
-            params = [by_name[slot.name] for slot in layout.slots]
-            flats.append(Flat(layout, params, dtype=dtype, trained=trained, key=num_flats, shared=shared))
-            num_flats += 1
-        units.append(Unit(group.name, group.modules, flats, sharded=sharded))
-    return units
-
-
-def _by_kind(
-    group: Group, dtypes: dict[nn.Parameter, torch.dtype], group_of: dict[nn.Parameter, int]
-) -> dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]]:
-    """Split a group's parameters by compute data type and by whether they are trained."""
-    kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
-    for name, param in group.params:
-        trained = param in group_of
-        if trained and param.dtype not in _TRAINABLE:
-            raise NotImplementedError(
-                f"parameter {name!r} is {param.dtype}: the optimizer works on float32; convert the model first, for "
-                "example with model.float()"
-            )
-        kinds.setdefault((dtypes[param], trained), []).append((name, param))
-    return kinds
-
-
-def _shard_groups(groups: ParamGroups, units: Sequence[Unit]) -> ParamGroups:
-    """Return the parameter groups over this rank's shards; the settings stay."""
-    shards: list[list[Any]] = [[] for _ in groups]
-    for unit in units:
-        for flat in unit.flats:
-            for segment in flat.segments:
-                shards[segment.group].append(segment.master)
-    return [{**entry, "params": params} for entry, params in zip(groups, shards, strict=True)]
 
 
 def _broadcast_buffers(model: nn.Module, comm: Collectives) -> None:

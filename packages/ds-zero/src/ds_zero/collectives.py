@@ -84,6 +84,12 @@ class LocalCollectives:
         _place(out, full)
         return DONE
 
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Pending:
+        """Copy ``outgoing[0]`` to ``incoming[0]``."""
+        del key
+        _place(incoming[0], outgoing[0])
+        return DONE
+
     def gather_rows(self, row: Tensor) -> Tensor:
         """Return ``row`` as ``[1, n]``."""
         return row.unsqueeze(0)
@@ -141,7 +147,7 @@ class PeerCollectives(_Grouped):
     def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
         """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
         slices = self._slices(out)
-        works = self._exchange([shard] * self.size, slices, tag=2 * key)
+        works = self._messages([shard] * self.size, slices, tag=2 * key)
         _place(slices[self.rank], shard)
         return Pending(works)
 
@@ -156,8 +162,14 @@ class PeerCollectives(_Grouped):
         scratch = self._borrow(full, num_others * numel)
         received = direct + list(scratch[: num_others * numel].view(num_others, numel).unbind())
         received.insert(self.rank, own)
-        works = self._exchange(slices, received, tag=2 * key + 1)
+        works = self._messages(slices, received, tag=2 * key + 1)
         return Pending(works, self._sum_then_return(out, received, scratch))
+
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Pending:
+        """Send ``outgoing[r]`` (1D) to each rank r and fill ``incoming[r]`` from it; nothing is sent of empty ones."""
+        works = self._messages(outgoing, incoming, tag=2 * key)
+        _place(incoming[self.rank], outgoing[self.rank])
+        return Pending(works)
 
     def gather_rows(self, row: Tensor) -> Tensor:
         """Return ``[size, n]``: every rank's ``row``."""
@@ -165,12 +177,14 @@ class PeerCollectives(_Grouped):
         self.all_gather(rows.view(-1), row, key=_ROWS).wait()
         return rows
 
-    def _exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int) -> list[dist.Work | None]:
+    def _messages(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int) -> list[dist.Work | None]:
         works: list[dist.Work | None] = []
         for distance in range(1, self.size):
             src, dst = (self.rank - distance) % self.size, (self.rank + distance) % self.size
-            works.append(dist.irecv(incoming[src], group=self._group, group_src=self._members[src], tag=tag))
-            works.append(dist.isend(outgoing[dst], group=self._group, group_dst=self._members[dst], tag=tag))
+            if incoming[src].numel():
+                works.append(dist.irecv(incoming[src], group=self._group, group_src=self._members[src], tag=tag))
+            if outgoing[dst].numel():
+                works.append(dist.isend(outgoing[dst], group=self._group, group_dst=self._members[dst], tag=tag))
         return works
 
 
@@ -219,6 +233,11 @@ class DenseCollectives(_Grouped):
             self._scratch.append(scratch)
 
         return Pending((work,), finish)
+
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Pending:
+        """Send ``outgoing[r]`` (1D) to each rank r and fill ``incoming[r]`` from it; any may be empty."""
+        del key
+        return Pending((dist.all_to_all(list(incoming), list(outgoing), group=self._group, async_op=True),))
 
 
 def collectives_of(

@@ -117,10 +117,11 @@ class Resources(NamedTuple):
     grad_pool: StoragePool  # memory of leaves
     placements: Placements
     gradient_dtype: torch.dtype
+    per_tensor: frozenset[int] = frozenset()  # parameter groups whose tensors are segments of their own
 
 
 class Segment(NamedTuple):
-    """The part of one optimizer parameter group that lies in one flat, on this rank."""
+    """The part of one optimizer parameter group, or of one tensor of it, that lies in one flat, on this rank."""
 
     group: int
     start: int  # first element, in the coordinates of the layout
@@ -296,12 +297,12 @@ class Flat:
         first, last = self.state_range
         separate = self.master.dtype != self.shard.dtype
         segments = []
-        for group, (group_start, group_end) in sorted(self.layout.group_ranges().items()):
-            start, end = max(first, group_start), min(last, group_end)
+        for span in self.layout.spans(self._shared.per_tensor):
+            start, end = max(first, span.start), min(last, span.end)
             if start < end:
                 part = slice(start - first, end - first)
                 master = nn.Parameter(self.master[part], requires_grad=True)
-                segments.append(Segment(group, start, master, self.shard[part] if separate else None))
+                segments.append(Segment(span.group, start, master, self.shard[part] if separate else None))
         return segments
 
 

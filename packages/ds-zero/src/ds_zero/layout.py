@@ -10,7 +10,7 @@ of at least :data:`LEAF` elements, so that a shard boundary never cuts a block o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -58,6 +58,14 @@ class Overlap(NamedTuple):
     numel: int
 
 
+class Span(NamedTuple):
+    """An interval of the buffer in which the optimizer sees one parameter."""
+
+    group: int
+    start: int
+    end: int
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """See [Note: Flat layout].
@@ -92,6 +100,11 @@ class Layout:
         """Return the interval ``[start, end)`` of ``rank``."""
         return rank * self.shard_numel, (rank + 1) * self.shard_numel
 
+    def cut(self, num_parts: int, index: int) -> tuple[int, int]:
+        """Return interval ``index`` of ``num_parts`` equal ones, which divide the number of shards."""
+        numel = self.length // num_parts
+        return index * numel, (index + 1) * numel
+
     def overlaps(self, start: int, end: int) -> Iterator[Overlap]:
         """Yield what the interval ``[start, end)`` holds of each parameter; zero-sized ones never appear."""
         for slot in self.slots:
@@ -116,6 +129,14 @@ class Layout:
             start, _ = ranges.get(slot.group, (slot.offset, slot.offset))
             ranges[slot.group] = (start, slot.end)
         return ranges
+
+    def spans(self, per_tensor: Collection[int]) -> Iterator[Span]:
+        """Yield what the optimizer sees as parameters: a whole group, or each tensor of the groups ``per_tensor``."""
+        for group, (start, end) in sorted(self.group_ranges().items()):
+            if group not in per_tensor:
+                yield Span(group, start, end)
+            else:
+                yield from (Span(group, slot.offset, slot.end) for slot in self.slots if slot.group == group)
 
 
 def plan(specs: Sequence[Spec], num_shards: int) -> Layout:

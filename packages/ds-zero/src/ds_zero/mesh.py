@@ -9,7 +9,7 @@ belongs to rank i of node n.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -87,6 +87,13 @@ class TwoLevelCollectives:
 
         return Then(self._node.reduce_scatter(sums, full, key=key), reduce_over_nodes)
 
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Handle:
+        """Send ``outgoing[r]`` to the rank of shard r and fill ``incoming[r]`` from it, in one level."""
+        order = [
+            index * self._across.size + node for node in range(self._across.size) for index in range(self._node.size)
+        ]
+        return self._everyone.exchange([outgoing[r] for r in order], [incoming[r] for r in order], key=key)
+
     def gather_rows(self, row: Tensor) -> Tensor:
         """Return ``[size, n]``: every rank's ``row``, in the order of shards."""
         return self._node.gather_rows(self._across.gather_rows(row).view(-1)).view(self.size, -1)
@@ -94,6 +101,14 @@ class TwoLevelCollectives:
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
         self._everyone.broadcast(tensor)
+
+
+class Holders(NamedTuple):
+    """The ranks among which a buffer is cut into equal intervals, in their order."""
+
+    comm: Collectives
+    replica: int  # index of this one among all such groups of ranks
+    num_replicas: int
 
 
 class Mesh(NamedTuple):
@@ -111,6 +126,14 @@ class Mesh(NamedTuple):
             numel = layout.length // self.node.size
             return self.node.rank * numel, (self.node.rank + 1) * numel
         return layout.shard_of(self.everyone.rank)
+
+    def holders_of(self, placement: Placement, kernels: ShardKernels) -> Holders:
+        """Return the ranks among which a buffer of this placement is cut."""
+        if placement is Placement.REPLICATE:
+            return Holders(LocalCollectives(kernels), self.everyone.rank, self.everyone.size)
+        if placement is Placement.NODE:
+            return Holders(self.node, self.across.rank, self.across.size)
+        return Holders(self.everyone, 0, 1)
 
     def between(self, narrow: Placement, wide: Placement) -> Collectives:
         """Return the ranks over which intervals of placement ``narrow`` are gathered to one of ``wide``."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from . import state
+from . import state, whole_state
 from .access import Access
 from .blocks import Blocks
 from .outside import OutsideReads
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .flat import Flat, Resources
     from .gradient import FlatGradient
     from .state import Piece
+    from .whole import WholeTensors
 
 
 _MAX_NORM_ROWS = 1 << 21
@@ -67,10 +68,12 @@ class Sharded:
         optimizer: torch.optim.Optimizer | None,
         *,
         update: UpdateRule,
+        whole: WholeTensors,
         shared: Resources,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
+        self._whole = whole
         self._units = list(units)
         self._flats = [flat for unit in units for flat in unit.flats]
         self._trained = [flat for flat in self._flats if flat.gradient is not None]
@@ -90,6 +93,7 @@ class Sharded:
             shared=shared,
             num_micro_batches=lambda: self.micro_batches,
             changed=self._forget_derived,
+            renewed=whole.refresh,
         )
         reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, reads)
@@ -230,7 +234,11 @@ class Sharded:
         if self.optimizer is not None:
             for flat in self._trained:
                 pieces += state.optimizer_pieces(flat, self.optimizer)
-            scalars["optimizer"] = state.optimizer_scalars(self._trained, self.optimizer)
+            pieces += whole_state.pieces(self._whole, self.optimizer)
+            scalars["optimizer"] = {
+                **state.optimizer_scalars(self._trained, self.optimizer),
+                **whole_state.scalars(self._whole, self.optimizer),
+            }
         shapes = {slot.name: slot.shape for flat in self._flats for slot in flat.layout.slots}
         shapes |= {name: buffer.shape for name, buffer in buffers.items()}
         return state.PartState(pieces, shapes, scalars)
@@ -253,8 +261,10 @@ class Sharded:
         buffers = state.persistent_buffers(self.module)
         if with_optimizer is not None:
             state.check_optimizer(with_optimizer, saved)
+            whole_state.check(self._whole, saved)
         trained = self._trained if with_optimizer is not None else []
         wanted = state.wanted(self._flats, trained, buffers, source)
+        wanted |= whole_state.wanted(trained, saved)
         known = state.check_tensors(wanted, source, strict=strict)
         self._residency.drop_all()
         for flat in self._flats:
@@ -262,9 +272,11 @@ class Sharded:
             refresh = flat.load_master()
             if refresh is not None:
                 refresh.wait()
+        self._whole.refresh()
         state.load_buffers(buffers, source, known)
         if with_optimizer is not None:
             state.load_optimizer(trained, with_optimizer, source, saved, known)
+            whole_state.load(self._whole, with_optimizer, source, saved, known)
         self.drop_gradients()
 
     def gradients(self) -> Iterator[Piece]:
@@ -279,7 +291,9 @@ class Sharded:
         return MemoryReport(
             param=sum(flat.param_bytes for flat in self._flats),
             grad=sum(gradient.nbytes for gradient in self._gradients),
-            state=sum(t.nbytes for t in tensors) + sum(flat.master_bytes for flat in self._trained),
+            state=sum(t.nbytes for t in tensors)
+            + sum(flat.master_bytes for flat in self._trained)
+            + self._whole.nbytes,
             transient=self._shared.param_pool.peak_bytes + self._shared.grad_pool.peak_bytes,
             peak_units=self._residency.peak_units,
         )

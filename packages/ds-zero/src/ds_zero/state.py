@@ -9,7 +9,7 @@ goes the other way round: each rank asks for the intervals its own layout needs.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -74,18 +74,22 @@ def buffer_pieces(buffers: Mapping[str, Tensor], rank: int) -> Iterator[Piece]:
 
 
 def optimizer_scalars(flats: Sequence[Flat], optimizer: torch.optim.Optimizer) -> dict[str, Json]:
-    """Return hyperparameters and counters: equal for all shards of an elementwise optimizer."""
+    """Return hyperparameters, roles and counters: equal for all shards of an elementwise optimizer."""
     counters: dict[str, dict[str, Json]] = {}  # by parameter group, whose shards all count alike
+    roles: dict[str, list[str]] = {}  # by parameter group
     for flat in flats:
         for segment in flat.segments:
-            for key, value in optimizer.state.get(segment.master, {}).items():
-                if not _is_elementwise(value, segment):
-                    counters.setdefault(str(segment.group), {})[key] = _encode_counter(key, value)
+            held = optimizer.state.get(segment.master, {})
+            elementwise = sorted(key for key, value in held.items() if _is_elementwise(value, segment))
+            if held:
+                roles[str(segment.group)] = elementwise
+            for key in held.keys() - set(elementwise):
+                counters.setdefault(str(segment.group), {})[key] = _encode_counter(key, held[key])
     groups = [
         {key: _plain(value) for key, value in group.items() if key != "params" and _is_plain(value)}
         for group in optimizer.param_groups
     ]
-    return {"class": type(optimizer).__name__, "groups": groups, "counters": {**counters}}
+    return {"class": type(optimizer).__name__, "groups": groups, "counters": {**counters}, "roles": {**roles}}
 
 
 # Import #
@@ -96,8 +100,10 @@ def wanted(
 ) -> dict[Key, torch.Size]:
     """Return the shape of every tensor to load; of the optimizer's roles those that ``source`` has."""
     shapes: dict[Key, torch.Size] = {("buffer", name): buffer.shape for name, buffer in buffers.items()}
-    for role, of_role in [("param", flats), *((role, trained) for role in _optimizer_roles(source))]:
-        shapes |= {(role, slot.name): slot.shape for flat in of_role for slot in flat.layout.slots}
+    shapes |= {("param", slot.name): slot.shape for flat in flats for slot in flat.layout.slots}
+    # of a parameter without elements no state is kept
+    for slot in (slot for flat in trained for slot in flat.layout.slots if slot.numel):
+        shapes |= {(role, slot.name): slot.shape for role in _optimizer_roles(source, slot.group)}
     return shapes
 
 
@@ -167,7 +173,7 @@ def load_optimizer(
             counters = scalars["counters"].get(str(segment.group), {})
             state = {key: _decode_counter(value) for key, value in counters.items()}
             before = optimizer.state.pop(segment.master, {})
-            for role in _optimizer_roles(source):
+            for role in _optimizer_roles(source, segment.group):
                 values = before.get(role, torch.zeros_like(segment.master, requires_grad=False))
                 state[role] = values
                 for overlap in flat.layout.overlaps(segment.start, segment.start + values.numel()):
@@ -181,8 +187,10 @@ def load_optimizer(
             group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
-def _optimizer_roles(source: StateSource) -> list[str]:
-    return [role for role in source.roles if role not in ("param", "buffer")]
+def _optimizer_roles(source: StateSource, group: int) -> list[str]:
+    """Return the roles of the elementwise state of one parameter group."""
+    saved = cast("Mapping[str, Any]", source.scalars["optimizer"])
+    return list(saved["roles"].get(str(group), ()))
 
 
 def _pieces(flat: Flat, role: str, values: Tensor, first: int) -> Iterator[Piece]:

@@ -1,0 +1,170 @@
+"""What the update of one element depends on: declared for each parameter group of an optimizer.
+
+[Note: Kinds of optimizers]
+Gradients and parameters are cut into shards anywhere; whether an optimizer may run on what is left is a property of
+its formula that no test can see, so it is declared. Each parameter group has the key ``update_kind``: an optimizer
+puts it into its ``defaults``, or sets it group by group, or the caller adds it to a group. Classes of ``torch.optim``
+are known. A group that says nothing is stepped as whole tensors, which is right for every optimizer that treats each
+tensor on its own.
+
+==============  ==========================================================  =========================================
+``update_kind``  a new element depends on                                    the optimizer's parameters are
+==============  ==========================================================  =========================================
+elementwise     its own gradient and state                                  one flat shard per buffer and group
+statistics      also on sums of squares over its tensor, which the           the part of each tensor in the shard
+                optimizer takes from what ``share_sums`` was given
+tensor          its whole tensor                                            whole tensors that this rank owns
+matrix          likewise, at the cost of products of matrices               likewise
+==============  ==========================================================  =========================================
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import nn
+
+if TYPE_CHECKING:
+    from ds_core.protocols import ParamGroups
+
+logger = logging.getLogger(__package__)
+
+KEY = "update_kind"
+"""Key of a parameter group that holds the declaration."""
+
+ELEMENTWISE = (
+    torch.optim.Adadelta,
+    torch.optim.Adagrad,
+    torch.optim.Adam,
+    torch.optim.AdamW,
+    torch.optim.Adamax,
+    torch.optim.ASGD,
+    torch.optim.NAdam,
+    torch.optim.RAdam,
+    torch.optim.RMSprop,
+    torch.optim.Rprop,
+    torch.optim.SGD,
+)
+"""Classes of torch that treat each element on its own."""
+
+_TENSOR = ("Adafactor",)  # classes of torch that treat each tensor on its own
+_MATRIX = ("Muon",)
+_REFUSED = {
+    "LBFGS": "evaluates the loss several times in one step",
+    "SparseAdam": "takes sparse gradients, and gradients are dense buffers here",
+}
+
+
+class UpdateKind(Enum):
+    """See [Note: Kinds of optimizers]."""
+
+    ELEMENTWISE = "elementwise"
+    STATISTICS = "statistics"
+    TENSOR = "tensor"
+    MATRIX = "matrix"
+
+    @property
+    def whole(self) -> bool:
+        """Whether one rank steps whole tensors."""
+        return self in (UpdateKind.TENSOR, UpdateKind.MATRIX)
+
+    @property
+    def per_tensor(self) -> bool:
+        """Whether no parameter of the optimizer holds elements of two tensors."""
+        return self is not UpdateKind.ELEMENTWISE
+
+    def cost(self, shape: torch.Size) -> int:
+        """Return what a step of a tensor costs, in any unit: elements, for matrices times the shorter side."""
+        numel = shape.numel()
+        if self is not UpdateKind.MATRIX or len(shape) < 2:
+            return numel
+        return numel * min(shape[0], numel // max(shape[0], 1))
+
+
+class Arranged(NamedTuple):
+    """What an optimizer makes of parameter groups."""
+
+    groups: ParamGroups  # over the model's parameters, with the settings of the optimizer
+    kinds: list[UpdateKind]  # of each group
+
+
+def arrange(
+    groups: ParamGroups,
+    names: Mapping[nn.Parameter, str],
+    make_optimizer: Callable[[ParamGroups], torch.optim.Optimizer],
+) -> Arranged:
+    """Find out how an optimizer wants parameters to be grouped and cut, before anything is cut.
+
+    ``make_optimizer`` is called once on stand-ins: parameters of the real shapes and marks that take the memory of
+    one element each. Groups carry ``param_names``, as torch's do that are made from ``named_parameters()``.
+
+    Args:
+        groups: Over the model's parameters.
+        names: The model's parameters with their names.
+        make_optimizer: Makes the optimizer.
+
+    Returns:
+        The groups of the optimizer that was made, over the model's parameters again.
+
+    Raises:
+        ValueError: A declaration is none of the four kinds, or the optimizer cannot run on partitioned parameters.
+    """
+    originals = {_stand_in(param): param for entry in groups for param in entry["params"]}
+    stand_ins = {param: stand_in for stand_in, param in originals.items()}
+    probe = make_optimizer([_named(entry, names, stand_ins) for entry in groups])
+    own = [{key: value for key, value in entry.items() if key != "param_names"} for entry in probe.param_groups]
+    kinds = _kinds(type(probe), own)
+    return Arranged([{**entry, "params": [originals[p] for p in entry["params"]]} for entry in own], kinds)
+
+
+def _named(
+    entry: Mapping[str, Any], names: Mapping[nn.Parameter, str], stand_ins: Mapping[nn.Parameter, nn.Parameter]
+) -> dict[str, Any]:
+    params: list[nn.Parameter] = entry["params"]
+    return {**entry, "params": [stand_ins[p] for p in params], "param_names": [names[p] for p in params]}
+
+
+def _stand_in(param: nn.Parameter) -> nn.Parameter:
+    device = torch.device("cpu") if param.is_meta else param.device
+    stand_in = nn.Parameter(torch.zeros((), device=device).expand(param.shape))
+    vars(stand_in).update(vars(param))  # marks that an optimizer may read, such as use_muon
+    return stand_in
+
+
+def _kinds(optimizer: type[torch.optim.Optimizer], groups: Sequence[Mapping[str, Any]]) -> list[UpdateKind]:
+    for name, reason in _REFUSED.items():
+        if issubclass(optimizer, vars(torch.optim)[name]):
+            raise ValueError(f"{optimizer.__name__} cannot step partitioned parameters: it {reason}; use another one")
+    known = _known(optimizer)
+    if known is None and any(KEY not in group for group in groups):
+        logger.info(
+            "%s.%s does not declare %r: one rank steps each tensor whole, which is right if tensors are treated one by "
+            "one; an optimizer that treats elements one by one is faster with {%r: 'elementwise'} in its groups",
+            optimizer.__module__,
+            optimizer.__qualname__,
+            KEY,
+            KEY,
+        )
+    return [_parsed(group[KEY]) if KEY in group else known or UpdateKind.TENSOR for group in groups]
+
+
+def _known(optimizer: type[torch.optim.Optimizer]) -> UpdateKind | None:
+    if optimizer in ELEMENTWISE:
+        return UpdateKind.ELEMENTWISE
+    # not all releases of torch have all of them
+    for kind, names in ((UpdateKind.TENSOR, _TENSOR), (UpdateKind.MATRIX, _MATRIX)):
+        if optimizer in [vars(torch.optim)[name] for name in names if name in vars(torch.optim)]:
+            return kind
+    return None
+
+
+def _parsed(value: object) -> UpdateKind:
+    try:
+        return UpdateKind(value)
+    except ValueError:
+        known = ", ".join(kind.value for kind in UpdateKind)
+        raise ValueError(f"{KEY} of a parameter group is one of {known}; got {value!r}") from None

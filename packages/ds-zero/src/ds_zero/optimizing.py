@@ -1,0 +1,105 @@
+"""The optimizer over partitioned parameters: its groups, what they hold on this rank, and the rule that steps it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
+
+import torch
+from torch import nn
+
+from .kinds import Arranged, UpdateKind, arrange
+from .tensor_sums import ShardSums, SumsOfSquares
+from .whole import WholeTensors
+
+if TYPE_CHECKING:
+    from ds_core.protocols import ParamGroups, UpdateRule
+
+    from .flat import Resources
+    from .units import Unit
+
+
+class StatisticsOptimizer(Protocol):
+    """What an optimizer has to offer whose groups declare ``statistics``."""
+
+    def share_sums(self, sums: SumsOfSquares) -> None:
+        """Take sums of squares over whole tensors from ``sums`` from now on: parameters are parts of tensors."""
+
+
+class Made(NamedTuple):
+    """An optimizer over this rank's share of the parameters."""
+
+    optimizer: torch.optim.Optimizer | None
+    update: UpdateRule  # runs its step
+    whole: WholeTensors
+
+
+def own_groups(
+    model: nn.Module,
+    param_groups: ParamGroups | None,
+    make_optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None,
+) -> Arranged:
+    """Return the groups of the optimizer over those parameters of the model that require a gradient, and their kinds.
+
+    Raises:
+        ValueError: The groups name a parameter twice or one that is not the model's, or declare no known kind.
+    """
+    names = {param: name for name, param in model.named_parameters()}
+    if make_optimizer is None:
+        return Arranged([], [])
+    return arrange(_checked(param_groups, names), names, make_optimizer)
+
+
+def _checked(param_groups: ParamGroups | None, names: Mapping[nn.Parameter, str]) -> ParamGroups:
+    if param_groups is None:
+        param_groups = [{"params": list(names)}]
+    seen: set[nn.Parameter] = set()
+    groups = []
+    for index, entry in enumerate(param_groups):
+        params = [entry["params"]] if isinstance(entry["params"], nn.Parameter) else list(entry["params"])
+        for param in params:
+            if param not in names:
+                raise ValueError(
+                    f"parameter group {index} holds a parameter of shape {list(param.shape)} that is not the model's"
+                )
+            if param in seen:
+                raise ValueError(f"parameter {names[param]!r} stands in more than one optimizer parameter group")
+            seen.add(param)
+        groups.append({**entry, "params": [param for param in params if param.requires_grad]})
+    return groups
+
+
+def make_over(
+    units: Sequence[Unit],
+    arranged: Arranged,
+    make_optimizer: Callable[[ParamGroups], torch.optim.Optimizer] | None,
+    update: UpdateRule,
+    shared: Resources,
+) -> Made:
+    """Make the optimizer over this rank's shards, parts of tensors and whole tensors, as each group's kind wants.
+
+    Args:
+        units: All parameters, partitioned.
+        arranged: What :func:`own_groups` returned.
+        make_optimizer: Makes the optimizer.
+        update: Runs the step over what the optimizer holds.
+        shared: Communication, and the data type of gradients.
+    """
+    groups, kinds = arranged
+    flats = [flat for unit in units for flat in unit.trained_flats]
+    holders = shared.mesh.holders_of(shared.placements.state, shared.kernels)
+    whole = WholeTensors(flats, kinds, holders, shared.gradient_dtype)
+    if make_optimizer is None:
+        return Made(None, update, whole)
+    params: list[list[Any]] = [[] for _ in groups]
+    for segment in (segment for flat in flats for segment in flat.segments):
+        if not kinds[segment.group].whole:
+            params[segment.group].append(segment.master)
+    for each in whole.stepped:
+        params[each.slot.group].append(each.param)
+    optimizer = make_optimizer([{**entry, "params": own} for entry, own in zip(groups, params, strict=True)])
+    counted = [group for group, kind in enumerate(kinds) if kind is UpdateKind.STATISTICS]
+    if counted:
+        cast("StatisticsOptimizer", optimizer).share_sums(ShardSums(flats, counted, holders.comm))
+    return Made(optimizer, partial(whole.update, update) if whole.groups else update, whole)
