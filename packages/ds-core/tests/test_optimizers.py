@@ -5,6 +5,7 @@ import torch
 from ds_core import optimizers
 from ds_core.optimizers import (
     ELEMENTWISE,
+    REFUSED,
     WHOLE_TENSOR,
     ClientMaker,
     TorchMaker,
@@ -103,7 +104,10 @@ def test_adam_is_read_as_deepspeed_does(name, params, kind, settings):
         ("AdamW", {"bias_correction": False}, r"optimizer.params.bias_correction = False: torch's AdamW has True only"),
         ("AdamW", {"fp32_optimizer_states": False}, r"fp32_optimizer_states = False"),
         ("Adammm", {}, r"optimizer.type = 'Adammm' is neither an installed plugin \(Lion\) nor .*did you mean 'Adam"),
-        *((name, {}, rf"optimizer.type = '{name}' needs whole tensors.*use one of: Adadelta") for name in WHOLE_TENSOR),
+        *(
+            (name, {}, rf"optimizer.type = '{name}' cannot be used, because it .*use one of: Adadelta")
+            for name in REFUSED
+        ),
     ],
 )
 def test_errors_name_the_setting(name, params, message):
@@ -166,27 +170,24 @@ def test_another_number_of_groups_is_refused():
         maker.make([{"params": shards(1)}, {"params": shards(1)}])
 
 
-@pytest.mark.parametrize("kind", [torch.optim.LBFGS, torch.optim.Adafactor], ids=lambda kind: kind.__name__)
-@pytest.mark.parametrize("allow_untested", [False, True])
-def test_whole_tensor_optimizers_are_refused_whatever_is_declared(kind, allow_untested):
-    with pytest.raises(ValueError, match=rf"is a {kind.__name__}, which needs whole tensors"):
-        ClientMaker(kind(shards(2), lr=0.1), allow_untested=allow_untested)
+def test_what_cannot_run_on_shards_is_refused():
+    with pytest.raises(ValueError, match=r"is a LBFGS, which evaluates the loss several times.*one of: Adadelta"):
+        ClientMaker(torch.optim.LBFGS(shards(2)))
 
 
 class Mine(torch.optim.SGD):
     """A class that nobody but its author knows."""
 
 
-def test_an_unknown_class_needs_a_declaration(caplog):
+def test_an_unknown_class_needs_no_permission():
     optimizer = Mine(shards(2), lr=0.1)
-    with pytest.raises(ValueError, match=r"Mine, which is not known to treat .* zero_allow_untested_optimizer = true"):
-        ClientMaker(optimizer)
-    maker = ClientMaker(optimizer, allow_untested=True)
-    assert caplog.messages == [
-        f"{Mine.__module__}.Mine is taken to treat each element on its own, because "
-        "zero_allow_untested_optimizer is set"
-    ]
-    assert maker.make([{"params": shards(2)}]) is optimizer
+    assert ClientMaker(optimizer).make([{"params": shards(2)}]) is optimizer
+
+
+@pytest.mark.parametrize("name", WHOLE_TENSOR)
+def test_torchs_classes_for_whole_tensors_are_found(name):
+    made = torch_optimizer(name.lower(), {"lr": 0.05}).build(None, CONTEXT)
+    assert type(made.make([{"params": [torch.zeros(2, 2)]}])) is vars(torch.optim)[name]
 
 
 def test_the_lists_are_disjoint_and_cover_torch():
@@ -196,5 +197,5 @@ def test_the_lists_are_disjoint_and_cover_torch():
         if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
     }
     declared = {kind.__name__ for kind in optimizers.ELEMENTWISE}
-    assert not declared & set(WHOLE_TENSOR)
-    assert torchs <= declared | set(WHOLE_TENSOR)
+    assert len(declared) + len(WHOLE_TENSOR) + len(REFUSED) == len(declared | {*WHOLE_TENSOR, *REFUSED})
+    assert torchs <= declared | {*WHOLE_TENSOR, *REFUSED}

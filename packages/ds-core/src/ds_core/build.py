@@ -192,11 +192,8 @@ def _optimizer_maker(
             "there is nothing to train: model_parameters is empty, or no parameter of the model requires a gradient; "
             "pass what to train, or no optimizer"
         )
-    untested = settings.zero_allow_untested_optimizer
-    if isinstance(optimizer, torch.optim.Optimizer):
-        return ClientMaker(optimizer, allow_untested=untested)
     if optimizer is not None:
-        return ClientMaker(optimizer(groups), allow_untested=untested)
+        return ClientMaker(optimizer if isinstance(optimizer, torch.optim.Optimizer) else optimizer(groups))
     if settings.optimizer is None:
         return None
     return cast("OptimizerMaker", settings.optimizer.plugin.build(settings.optimizer.config, context))

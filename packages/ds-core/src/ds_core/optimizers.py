@@ -1,9 +1,7 @@
 """Optimizers of ``torch.optim`` and of the caller, as makers that a partitioner can use.
 
-[Note: Elementwise]
-A partitioner cuts parameters into flat shards, so the optimizer must treat each element on its own. That is a
-property of the class which no test can see, so it is declared: :data:`ELEMENTWISE` lists torch's classes
-that have it, and for any other class the caller declares it with ``zero_allow_untested_optimizer``.
+Whether an optimizer may run on shards of parameters is declared by its parameter groups (key ``update_kind``) and read
+by the partitioner; classes of torch are known to it.
 """
 
 from __future__ import annotations
@@ -15,7 +13,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
-from ._log import logger
 from .registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -36,12 +33,18 @@ ELEMENTWISE = (
     torch.optim.Rprop,
     torch.optim.SGD,
 )
-"""Classes that treat each element on its own. See [Note: Elementwise]."""
+"""Classes that treat each element on its own."""
 
-WHOLE_TENSOR = ("Adafactor", "LBFGS", "Muon", "SparseAdam")
-"""Classes of ``torch.optim`` that do not: they need whole tensors, or more than one evaluation of the loss."""
+WHOLE_TENSOR = ("Adafactor", "Muon")
+"""Classes of ``torch.optim`` that need whole tensors."""
 
-PLUGIN_NAMES = ("Lamb", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD")
+REFUSED: Mapping[str, str] = {
+    "LBFGS": "evaluates the loss several times in one step",
+    "SparseAdam": "takes sparse gradients, and gradients of partitioned parameters are dense",
+}
+"""Classes of ``torch.optim`` that cannot be used, each with the reason."""
+
+PLUGIN_NAMES = ("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD")
 """Names that DeepSpeed's files write in any case, beside torch's own, and that a plugin can offer."""
 
 # Settings of DeepSpeed's Adam that torch's lacks, each with the values under which the two agree.
@@ -90,7 +93,7 @@ def canonical_name(name: str) -> str:
         >>> canonical_name("adamw"), canonical_name("Shampoo")
         ('AdamW', 'Shampoo')
     """
-    known = (*(kind.__name__ for kind in ELEMENTWISE), *WHOLE_TENSOR, *PLUGIN_NAMES)
+    known = (*(kind.__name__ for kind in ELEMENTWISE), *WHOLE_TENSOR, *REFUSED, *PLUGIN_NAMES)
     return {each.casefold(): each for each in known}.get(name.casefold(), name)
 
 
@@ -109,14 +112,13 @@ def torch_optimizer(name: str, params: Mapping[str, Json], plugins: Iterable[str
         The class and its settings.
 
     Raises:
-        ValueError: If there is no such elementwise class, or it refuses a setting.
+        ValueError: If there is no such class, it cannot be used, or it refuses a setting.
     """
     name = canonical_name(name)
-    kinds = {kind.__name__: kind for kind in ELEMENTWISE}
-    if name in WHOLE_TENSOR:
+    kinds: dict[str, OptimizerType] = {kind.__name__: kind for kind in (*ELEMENTWISE, *_classes(WHOLE_TENSOR))}
+    if name in REFUSED:
         raise ValueError(
-            f"optimizer.type = {name!r} needs whole tensors, which partitioned training does not support "
-            f"yet; use one of: {', '.join(kinds)}"
+            f"optimizer.type = {name!r} cannot be used, because it {REFUSED[name]}; use one of: {', '.join(kinds)}"
         )
     settings: dict[str, Any] = {
         key: tuple(value) if isinstance(value, list) else value for key, value in params.items()
@@ -155,7 +157,7 @@ def _check_settings(name: str, kind: OptimizerType, settings: Mapping[str, Any])
                 f"torch.optim.{name}{did_you_mean(key, known)}; it has: {', '.join(known)}"
             )
     try:
-        kind([torch.zeros(1)], **settings)
+        kind([torch.zeros(1, 1)], **settings)
     except (TypeError, ValueError) as error:
         raise ValueError(f"optimizer.params = {settings}: torch.optim.{name} refuses it: {error}") from error
 
@@ -193,10 +195,9 @@ class ClientMaker:
 
     Args:
         optimizer: The caller's optimizer, before its first step.
-        allow_untested: The caller's declaration that its class is elementwise. See [Note: Elementwise].
 
     Raises:
-        ValueError: If the class is not known to be elementwise and not declared so, or if it already holds state.
+        ValueError: If the class cannot be used, or if it already holds state.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.zeros(2, 2)], lr=0.1)
@@ -207,8 +208,13 @@ class ClientMaker:
 
     update: None = None  # The partitioner runs optimizer.step() itself.
 
-    def __init__(self, optimizer: torch.optim.Optimizer, *, allow_untested: bool = False) -> None:
-        _check_elementwise(type(optimizer), allow_untested=allow_untested)
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        for name in REFUSED:
+            if isinstance(optimizer, vars(torch.optim)[name]):
+                raise ValueError(
+                    f"the optimizer passed in is a {type(optimizer).__qualname__}, which {REFUSED[name]}; use another "
+                    f"one, for example one of: {', '.join(each.__name__ for each in ELEMENTWISE)}"
+                )
         if optimizer.state:
             raise ValueError(
                 f"the optimizer passed in already holds state of {len(optimizer.state)} parameters, which "
@@ -232,28 +238,6 @@ class ClientMaker:
         for mine, group in zip(own, groups):
             mine["params"] = group["params"]
         return self._optimizer
-
-
-def _check_elementwise(kind: type[torch.optim.Optimizer], *, allow_untested: bool) -> None:
-    if kind in ELEMENTWISE:
-        return
-    whole = [torch_kind for torch_kind in _classes(WHOLE_TENSOR) if issubclass(kind, torch_kind)]
-    if whole:
-        raise ValueError(
-            f"the optimizer passed in is a {kind.__qualname__}, which needs whole tensors; partitioned "
-            "training does not support that yet; use one of: "
-            f"{', '.join(each.__name__ for each in ELEMENTWISE)}"
-        )
-    if not allow_untested:
-        raise ValueError(
-            f"the optimizer passed in is a {kind.__module__}.{kind.__qualname__}, which is not known to "
-            "treat each element on its own; if it does, declare it: zero_allow_untested_optimizer = true"
-        )
-    logger.warning(
-        "%s.%s is taken to treat each element on its own, because zero_allow_untested_optimizer is set",
-        kind.__module__,
-        kind.__qualname__,
-    )
 
 
 def _classes(names: Iterable[str]) -> list[type[torch.optim.Optimizer]]:

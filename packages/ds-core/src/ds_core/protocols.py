@@ -31,7 +31,7 @@ GROUPS = {
     "ds.store": None,
     "ds.pipeline": None,
     "ds.collectives": None,
-    "ds.optimizer": "ds-kernels",
+    "ds.optimizer": "ds-kernels ds-zero",
     "ds.attention": None,
     "ds.kernels": "ds-kernels",
     "ds.monitor": None,
@@ -229,14 +229,23 @@ class UpdateRule(Protocol):
 
 
 class OptimizerMaker(Protocol):
-    """Makes an elementwise optimizer over shards."""
+    """Makes an optimizer over what a partitioner gives it.
+
+    What that is depends on the key ``update_kind`` of the optimizer's parameter groups: ``elementwise`` (1D shards),
+    ``statistics`` (1D parts of tensors, with sums over tensors from the partitioner), ``tensor`` or ``matrix`` (whole
+    tensors). A group without the key is stepped as whole tensors, unless its class is an elementwise one of torch.
+    """
 
     @property
     def update(self) -> UpdateRule | None:
         """One pass that scales, steps and refreshes copies; None: ``optimizer.step()``, in three passes."""
 
     def make(self, groups: ParamGroups) -> torch.optim.Optimizer:
-        """Return an optimizer over ``groups``, whose parameters are 1D shards."""
+        """Return an optimizer over ``groups``; called again for other parameters, and the last one counts.
+
+        The first call may be for stand-ins, with the names of parameters as ``param_names`` in each group; the
+        optimizer may make more groups of them then.
+        """
 
 
 class BlockCall(Protocol):

@@ -172,6 +172,7 @@ class Adam(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "decoupled_weight_decay": self._decoupled,
+            "update_kind": "elementwise",  # a partitioner may cut parameters anywhere
         }
         super().__init__(params, defaults)
 
@@ -225,9 +226,10 @@ class Adam(torch.optim.Optimizer):
             for name in ("amsgrad", "maximize"):
                 if group.get(name):
                     raise ValueError(f"{name} must be false, it is not offered; got True; use torch.optim")
-            # A state_dict of torch's lacks the first, and may be the other class's.
+            # A state_dict of torch's lacks the first and the last, and may be the other class's.
             group.setdefault("bias_correction", True)
             group["decoupled_weight_decay"] = self._decoupled
+            group["update_kind"] = "elementwise"
 
 
 class AdamW(Adam):

@@ -86,6 +86,7 @@ NO_EFFECT: Mapping[str, str] = {
     "aio.thread_count": _OFFLOAD,
     "aio.use_gds": _OFFLOAD,
     "zero_force_ds_cpu_optimizer": _OFFLOAD,
+    "zero_allow_untested_optimizer": "a class that nobody knows is stepped as whole tensors, which needs no permission",
     # Communication and precision.
     "communication_data_type": "gradients travel in the type they were computed in and are summed in float32",
     "disable_allgather": _ONE_WAY,

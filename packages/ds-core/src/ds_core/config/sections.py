@@ -146,8 +146,6 @@ class Config:
     """Forward passes of one optimizer step, on one rank."""
     optimizer: Choice | None = None
     """The optimizer; None where the caller passes one, or does not train."""
-    zero_allow_untested_optimizer: bool = False
-    """The caller's declaration that an optimizer class of theirs treats each element on its own."""
     scheduler: Schedule | None = None
     """The learning rate schedule; None keeps the optimizer's learning rate, or leaves it to the caller."""
     gradient_clipping: float = 1.0
