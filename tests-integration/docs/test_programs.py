@@ -28,6 +28,18 @@ for _ in range(120):
     engine.step()
 """
 
+OWN_OPTIMIZER = """
+import ds_zero
+
+model = torch.nn.Linear(2, 1, bias=False)
+before = model.weight.detach().clone()
+sharded = ds_zero.shard(model, lambda groups: SignDescent(groups, lr=0.5))
+assert [param.dim() for param in sharded.optimizer.param_groups[0]["params"]] == [1]
+model(torch.ones(1, 2)).sum().backward()
+sharded.step()
+assert torch.equal(model.weight, before - 0.5)
+"""
+
 
 def programs(page: str) -> list[str]:
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.DOTALL)
@@ -51,7 +63,8 @@ def run(folder: Path, source: str, command: list[str]) -> None:
     [
         ("README.md", 1, "", "assert engine.global_steps == 8"),
         ("packages/ds-core/README.md", 2, "", "assert weights.keys() == moments.keys() == {'weight', 'bias'}"),
-        ("packages/ds-zero/README.md", 1, "", "assert norm > 0"),
+        ("packages/ds-zero/README.md", 2, "", "assert norm > 0"),
+        ("docs/optimizers.md", 1, "", OWN_OPTIMIZER),
         ("docs/scale.md", 1, "", "assert sent['all_gather'] == 14 * sent['reduce_scatter'] // 8"),
         ("docs/models.md", 2, "", "assert engine.global_steps == 1 and run.saved.now == 512"),
         ("docs/large-models.md", 3, "", "assert access.full_param('3.weight').abs().max() <= 0.05"),

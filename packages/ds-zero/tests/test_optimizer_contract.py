@@ -16,7 +16,8 @@ from .optimizers import TABLE, Everything, groups_of, tokens_of
 
 pytestmark = pytest.mark.rung_c
 
-STAGES = (0, 1, 2, 3)
+STAGES: list[dict[str, int]] = [{"stage": 0}, {"stage": 1}, {"stage": 2}, {"stage": 3}]
+NODES: list[dict[str, int]] = [{"stage": 2, "mics_shard_size": 2}, {"stage": 3, "zero_hpz_partition_size": 2}]
 NUM_MICRO_BATCHES = 4
 STEPS = 3
 SCALE = 0.37  # as clipping would: a factor on the mean gradient
@@ -68,12 +69,14 @@ def saved(halves: Iterable[Half]) -> Saved:
     return Saved(assembled(half.pieces for half in halves), shapes, united(half.scalars for half in halves))
 
 
-def sharded_model(rank: Rank, name: str, stage: int, compute: torch.dtype | None) -> tuple[Everything, ds_zero.Sharded]:
+def sharded_model(
+    rank: Rank, name: str, settings: Mapping[str, int], compute: torch.dtype | None
+) -> tuple[Everything, ds_zero.Sharded]:
     model = Everything()
     sharded = ds_zero.shard(
         model,
         TABLE[name].make,
-        config=ds_zero.ZeroConfig(stage=stage),
+        config=ds_zero.ZeroConfig(**settings),
         group=rank.group,
         param_groups=groups_of(model),
         precision=ds_zero.Precision(compute=compute),
@@ -90,9 +93,9 @@ def train(rank: Rank, model: Everything, sharded: ds_zero.Sharded, steps: Iterab
 
 def train_at_all_stages(rank: Rank, name: str, compute: torch.dtype | None) -> list[list[Exported]]:
     results = []
-    # on one rank all stages are placed alike
-    for stage in STAGES if rank.size > 1 else (3,):
-        model, sharded = sharded_model(rank, name, stage, compute)
+    # on one rank all stages are placed alike, and nodes of two take four
+    for settings in {1: STAGES[3:], 2: STAGES, 4: STAGES + NODES}[rank.size]:
+        model, sharded = sharded_model(rank, name, settings, compute)
         train(rank, model, sharded, range(STEPS))
         assert all(not vars(param) for param in model.parameters()), "nothing is hung on parameters"
         results.append(exported(sharded))
@@ -172,8 +175,8 @@ def test_equals_itself_over_masters_in_low_precision(ranks: RankPool, name: str,
         assert_contract(assembled(pieces), want)
 
 
-def go_on(rank: Rank, name: str, stage: int, source: Saved | None, steps: range) -> Half:
-    model, sharded = sharded_model(rank, name, stage, None)
+def go_on(rank: Rank, name: str, settings: Mapping[str, int], source: Saved | None, steps: range) -> Half:
+    model, sharded = sharded_model(rank, name, settings, None)
     if source is not None:
         train(rank, model, sharded, range(50, 52))  # other values and moments, to be replaced
         sharded.load_state(source)
@@ -185,7 +188,13 @@ def go_on(rank: Rank, name: str, stage: int, source: Saved | None, steps: range)
 def test_state_survives_a_resize(ranks: RankPool, name: str) -> None:
     (want,) = ranks.run(plain_loop, name, None, 6, size=1)
     source: Saved | None = None
-    for size, stage, steps in ((2, 3, range(2)), (1, 1, range(2, 4)), (2, 2, range(4, 5)), (4, 0, range(5, 6))):
-        source = saved(ranks.run(go_on, name, stage, source, steps, size=size))
+    for size, settings, steps in (
+        (2, STAGES[3], range(2)),
+        (1, STAGES[1], range(2, 3)),
+        (2, STAGES[2], range(3, 4)),
+        (4, NODES[0], range(4, 5)),
+        (4, STAGES[0], range(5, 6)),
+    ):
+        source = saved(ranks.run(go_on, name, settings, source, steps, size=size))
     assert source is not None
     assert_contract(source.tensors, want)

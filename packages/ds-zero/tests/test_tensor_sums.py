@@ -68,7 +68,7 @@ def sent_bytes(rank: Rank) -> int:
     sharded = ds_zero.shard(
         model, Lamb, config=ds_zero.ZeroConfig(stage=2, unit_classes=("Sequential",)), group=rank.group
     )
-    comm = sharded._shared.comm
+    comm = sharded._shared.mesh.everyone
     gather = comm.gather_rows
     comm.gather_rows = lambda row: sizes.append(row.nbytes) or gather(row)  # type: ignore[method-assign]
     model(torch.ones(1, 64)).sum().backward()
