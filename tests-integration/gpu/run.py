@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[2]
 for folder in (*(ROOT / "packages").glob("*/src"), ROOT / "tests-integration" / "testkit" / "src"):
@@ -26,6 +27,7 @@ from ds_testkit.threads import on_threads
 from torch import Tensor, nn
 
 import ds_zero
+from ds_zero.optim import Lamb, Lars, Muon
 
 STEPS, MICRO_BATCHES = 8, 4
 
@@ -43,14 +45,25 @@ def batch(index: int, device: torch.device, compute: torch.dtype | None) -> Tens
     return x if compute is None else x.to(compute)
 
 
-def train(device: torch.device, stage: int, compute: torch.dtype | None, num_ranks: int) -> State:
+def adamw(groups: Any) -> torch.optim.Optimizer:
+    """Return an elementwise optimizer."""
+    return torch.optim.AdamW(groups, lr=1e-2)
+
+
+def train(
+    device: torch.device,
+    stage: int,
+    compute: torch.dtype | None,
+    num_ranks: int,
+    make_optimizer: Callable[[Any], torch.optim.Optimizer] = adamw,
+) -> State:
     """Train sharded over ``num_ranks`` threads; return the whole state."""
     networks = [network(device) for _ in range(num_ranks)]  # threads share torch's generator
 
     def on_rank(rank: int) -> list[Exported]:
         sharded = ds_zero.shard(
             networks[rank],
-            lambda groups: torch.optim.AdamW(groups, lr=1e-2),
+            make_optimizer,
             config=ds_zero.ZeroConfig(stage=stage),
             precision=ds_zero.Precision(compute=compute),
         )
@@ -71,6 +84,14 @@ def ranks_and_stages_give_the_same_bits(device: torch.device) -> None:
         for num_ranks in (1, 2, 4):
             for stage in (0, 1, 2, 3):
                 assert_same_bits(train(device, stage, compute, num_ranks), want)
+
+
+def optimizers_of_each_kind_give_the_same_bits(device: torch.device) -> None:
+    """Sums over tensors, and whole tensors: on 1, 2 and 4 ranks."""
+    for make in (Lamb, Lars, Muon, torch.optim.Adafactor):
+        want = train(device, 0, torch.bfloat16, 1, make)
+        for stage, size in ((0, 2), (1, 4), (3, 2)):
+            assert_same_bits(train(device, stage, torch.bfloat16, size, make), want)
 
 
 def equals_a_plain_loop(device: torch.device) -> None:
@@ -151,6 +172,7 @@ def compiled_blocks_agree(device: torch.device) -> None:
 CHECKS: list[Callable[[torch.device], None]] = [
     ranks_and_stages_give_the_same_bits,
     equals_a_plain_loop,
+    optimizers_of_each_kind_give_the_same_bits,
     reference_kernels_serve_the_device,
     recomputed_blocks_change_no_bit,
     compiled_blocks_agree,

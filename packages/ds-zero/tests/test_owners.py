@@ -18,7 +18,7 @@ from ds_zero.kinds import UpdateKind
 from ds_zero.layout import Spec, plan
 from ds_zero.optim import Lamb, Muon
 from ds_zero.owners import Owned, balance, inside, slices_between
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from .optimizers import Shampoo
 # Owners #
 
 
+@settings(deadline=None)
 @given(st.lists(st.integers(0, 1000), max_size=40), st.integers(1, 9))
 def test_no_rank_has_more_than_the_mean_and_one_item(costs: list[int], num_ranks: int) -> None:
     owners = balance(costs, num_ranks)
@@ -34,6 +35,7 @@ def test_no_rank_has_more_than_the_mean_and_one_item(costs: list[int], num_ranks
     assert max(loads) <= sum(costs) / num_ranks + max(costs, default=0)
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(st.integers(0, 30), max_size=3), min_size=1, max_size=12), st.integers(1, 5), st.data())
 def test_what_travels_covers_each_tensor_once(shapes: list[list[int]], num_ranks: int, data: st.DataObject) -> None:
     layout = plan([Spec(f"p{index}", torch.Size(shape), 0) for index, shape in enumerate(shapes)], num_ranks)
@@ -227,3 +229,28 @@ def test_a_rank_holds_its_shard_and_its_tensors(ranks: RankPool) -> None:
             assert state == 2 * 4 * numel // size
     for state, numel in ranks.run(held, 0, size=2):
         assert state == 4 * numel, "replicated: all momenta, and views of the parameters"
+
+
+# Access #
+
+
+def changed_from_outside(rank: Rank, stage: int) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = nn.Sequential(*[nn.Linear(24, 24) for _ in range(3)])
+    sharded = ds_zero.shard(model, Muon, config=ds_zero.ZeroConfig(stage=stage), group=rank.group)
+    for step in range(2):
+        if step:
+            for index, name in enumerate(dict(model.named_parameters())):
+                sharded.access.set_full_param(name, sharded.access.full_param(name) + 0.1 * (index + 1))
+        for _ in range(2 // rank.size):
+            model(torch.ones(1, 24)).square().sum().backward()
+        sharded.step()
+    return [sharded.access.full_param(name) for name in dict(model.named_parameters())]
+
+
+@pytest.mark.rung_c
+def test_owners_step_values_that_were_written_from_outside(ranks: RankPool) -> None:
+    (want,) = ranks.run(changed_from_outside, 0, size=1)
+    for stage in (1, 3):
+        for got in ranks.run(changed_from_outside, stage, size=2):
+            assert all(map(torch.equal, got, want))

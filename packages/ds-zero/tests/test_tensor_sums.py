@@ -11,7 +11,7 @@ import torch
 from ds_testkit import Rank, RankPool
 from ds_zero.optim import Lamb
 from ds_zero.tensor_sums import BLOCK, Node, local_sums, subtree_sums, subtrees
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -41,6 +41,7 @@ def root(nodes: dict[Node, float], num_blocks: int) -> float:
     return result
 
 
+@settings(deadline=None)
 @given(cut_tensors(), st.integers(0, 2**31))
 def test_any_cut_gives_the_same_bits(cut: tuple[int, list[int]], seed: int) -> None:
     numel, bounds = cut
@@ -55,6 +56,7 @@ def test_any_cut_gives_the_same_bits(cut: tuple[int, list[int]], seed: int) -> N
     assert root(nodes, bounds[-1]) == whole
 
 
+@settings(deadline=None)
 @given(st.integers(0, 5000), st.integers(0, 2**31))
 def test_the_sum_is_accurate(numel: int, seed: int) -> None:
     x = torch.randn(numel, generator=torch.Generator().manual_seed(seed))

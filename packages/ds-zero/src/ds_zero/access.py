@@ -285,5 +285,6 @@ def _check_shape(place: _Place, value: Tensor) -> None:
 def _no_state(place: _Place, key: str) -> KeyError:
     return KeyError(
         f"the optimizer holds no tensor {key!r} like parameter {place.name!r}: look at the names in its state "
-        "(sharded.optimizer.state), which is empty before the first step"
+        "(sharded.optimizer.state), which is empty before the first step; state of parameters that are stepped whole "
+        "is with their owners only, and in checkpoints"
     )
