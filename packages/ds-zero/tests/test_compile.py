@@ -10,7 +10,7 @@ import torch
 from ds_testkit import Rank, RankPool
 from ds_testkit.models import micro_batch, seeded
 from ds_testkit.state import Exported, assembled, assert_same_bits, exported
-from torch import nn
+from torch import Tensor, nn
 
 pytestmark = pytest.mark.rung_c
 
@@ -81,3 +81,41 @@ def test_what_cannot_be_compiled_is_an_error() -> None:
     sharded.compile(backend="eager")
     with pytest.raises(RuntimeError, match="compiled already"):
         sharded.compile(backend="eager")
+
+
+class Shared(nn.Module):
+    """Reads the weight of a layer that is not its own."""
+
+    def __init__(self, other: nn.Linear) -> None:
+        super().__init__()
+        self.own, self.others = nn.Linear(4, 4), [other]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.own(x) @ self.others[0].weight)
+
+
+def reading(rank: Rank, settings: dict[str, Any] | None) -> tuple[str, list[Exported]]:
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    first = nn.Linear(4, 4)
+    model = nn.Sequential(first, Shared(first), nn.Linear(4, 4), Shared(first), nn.Linear(4, 4))
+    config = ds_zero.ZeroConfig(stage=3)
+    sharded = ds_zero.shard(model, lambda g: torch.optim.SGD(g, lr=0.1), config=config, group=rank.group)
+    if settings is not None:
+        sharded.compile(backend="aot_eager", **settings)
+    try:
+        for step in range(3):
+            model(torch.ones(2, 4) * (step + rank.rank)).square().sum().backward()
+            sharded.step()
+    except torch._dynamo.exc.Unsupported as error:
+        return str(error), []
+    return "", exported(sharded)
+
+
+def test_a_block_that_reads_a_layer_outside_is_interrupted(ranks: RankPool) -> None:
+    want = assembled(pieces for _, pieces in ranks.run(reading, None, size=2))
+    got = assembled(pieces for _, pieces in ranks.run(reading, {}, size=2))
+    assert not any(value.isnan().any() for value in want.values())
+    assert_same_bits(got, want)
+    for message, _ in ranks.run(reading, {"fullgraph": True}, size=2):
+        assert "a block reads a parameter of a module that lies in no block; pass the value in" in message

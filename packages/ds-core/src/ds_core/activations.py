@@ -131,7 +131,8 @@ class Checkpointer:
         away = self._settings.cpu_checkpointing and any(each.device.type != "cpu" for each in activations)
         return self._group is None and self._rows is None and not away
 
-    def _keep(self, whole: Tensor) -> _Saved:
+    def _keep(self, activation: Tensor) -> _Saved:
+        whole = _unexpanded(activation)
         numel = -(-whole.numel() // self._size)  # the last rank's part may end in padding
         flat = whole.reshape(-1)[self._rank * numel : (self._rank + 1) * numel]
         device = torch.device("cpu") if self._settings.cpu_checkpointing else whole.device
@@ -142,7 +143,7 @@ class Checkpointer:
         else:
             part = torch.empty(numel, dtype=whole.dtype, device=device, pin_memory=pinned)
         part[: flat.numel()].copy_(flat, non_blocking=pinned)
-        kept = _Saved(part, whole, self._group, self._size)
+        kept = _Saved(part, whole, activation.shape, self._group, self._size)
         self._now += part.nbytes
         self._peak = max(self._peak, self._now)
         weakref.finalize(kept, self._dropped, part.nbytes, give_back).atexit = False
@@ -160,12 +161,16 @@ class _Saved:
     Args:
         part: 1D, this rank's elements in logical order, maybe followed by padding.
         whole: The activation, of which only shape, strides and device are remembered.
+        expanded: The shape to expand it to.
         group: Over which it is partitioned.
         size: Ranks of the group.
     """
 
-    def __init__(self, part: Tensor, whole: Tensor, group: dist.ProcessGroup | None, size: int) -> None:
+    def __init__(
+        self, part: Tensor, whole: Tensor, expanded: torch.Size, group: dist.ProcessGroup | None, size: int
+    ) -> None:
         self._part = part
+        self._expanded = expanded
         self._shape, self._strides, self._device = whole.shape, whole.stride(), whole.device
         self._contiguous = whole.is_contiguous()
         self._group, self._size = group, size
@@ -180,9 +185,10 @@ class _Saved:
             gather(flat, parts, group=self._group)
         dense = flat[: self._shape.numel()].view(self._shape)
         if self._contiguous:
-            return dense
+            return dense.expand(self._expanded)
         # kernels choose by strides, and another kernel may round differently
-        return torch.empty_strided(self._shape, self._strides, dtype=flat.dtype, device=flat.device).copy_(dense)
+        strided = torch.empty_strided(self._shape, self._strides, dtype=flat.dtype, device=flat.device)
+        return strided.copy_(dense).expand(self._expanded)
 
 
 class _Rows:
@@ -209,6 +215,14 @@ class _Rows:
 def _is_activation(value: Any) -> bool:
     """Whether an argument is an activation: a mask or a parameter is kept by somebody else anyhow."""
     return isinstance(value, Tensor) and value.is_floating_point() and value.grad_fn is not None
+
+
+def _unexpanded(tensor: Tensor) -> Tensor:
+    """Return ``tensor`` without the repetitions of ``expand``, whose elements share memory."""
+    for dim, (size, stride) in enumerate(zip(tensor.shape, tensor.stride(), strict=True)):
+        if stride == 0 and size > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
 
 
 def _range() -> AbstractContextManager[Any]:

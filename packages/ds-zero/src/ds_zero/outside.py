@@ -13,13 +13,16 @@ use. They count within a forward pass of the partitioned model, and in recomputa
 every forward pass, all ranks make the same ones. Elsewhere they give NaN and communicate nothing. A parameter reached
 on another way (a list the model keeps) is not seen; its gradient then arrives while its unit is not whole, which is
 an error that names it.
+
+Compiled code sees through the dictionary. Where it meets a parameter of a module that lies in no block it is
+interrupted, and the read happens as above; a parameter of another block is not seen.
 """
 
 from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .units import Phase, Residency, Unit, WatchedParams, in_backward
+
+_APART = "a block reads a parameter of a module that lies in no block; pass the value in, or compile without fullgraph"
 
 
 class OutsideReads:
@@ -49,6 +54,16 @@ class OutsideReads:
             if module._parameters:
                 watched = WatchedParams(module._parameters, self._unit_of, self._residency.in_use, self._read)
                 vars(module)["_parameters"] = watched
+
+    def watch_apart(self, model: nn.Module, compiled: Iterable[nn.Module]) -> None:
+        """Let ``compiled`` code be interrupted where it reads a parameter of a module of ``model`` outside of it."""
+        read = torch.compiler.disable(WatchedParams.__getitem__, reason=_APART)
+        apart = type("ApartParams", (WatchedParams,), {"__slots__": (), "__getitem__": read})
+        inside = {module for block in compiled for module in block.modules()}
+        for module in model.modules():
+            if module._parameters and module not in inside:
+                params = apart(module._parameters, self._unit_of, self._residency.in_use, self._read)
+                vars(module)["_parameters"] = params
 
     def _read(self, param: nn.Parameter, unit: Unit) -> Tensor:
         """Return what code gets that reads ``param`` while ``unit`` is not in use."""

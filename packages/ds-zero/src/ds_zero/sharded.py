@@ -95,13 +95,13 @@ class Sharded:
             changed=self._forget_derived,
             renewed=whole.refresh,
         )
-        reads = OutsideReads(units, self._residency)
-        hooks = Hooks(self._residency, self._reducer, reads)
+        self._reads = OutsideReads(units, self._residency)
+        hooks = Hooks(self._residency, self._reducer, self._reads)
         hooks.guard(module)
         for unit in units:
             hooks.install(unit, sharded=self._sharded)
         if self._sharded:
-            reads.watch(module)
+            self._reads.watch(module)
 
     # Before training #
 
@@ -109,8 +109,9 @@ class Sharded:
         """Compile each block of the model by itself, with the gathers and reductions outside of what is compiled.
 
         Blocks that are alike share one compiled graph. At stage 3 the parameters' memory changes from step to step,
-        which is no reason to compile anew. Parameters of other modules that a block reads are not seen within
-        compiled code (see [Note: Reads from outside]): pass such values in as arguments.
+        which is no reason to compile anew. A block that reads a parameter of a module outside all blocks is interrupted
+        for it (an error under ``fullgraph``); a block must not read one of another block: pass such values in as
+        arguments (see [Note: Reads from outside]).
 
         Args:
             settings: Of ``torch.compile``, such as ``backend`` and ``fullgraph``.
@@ -128,6 +129,8 @@ class Sharded:
             torch.Size([2, 1])
         """
         self._blocks.compile(**settings)
+        if self._sharded:
+            self._reads.watch_apart(self.module, self._blocks.modules)
 
     @property
     def is_compiled(self) -> bool:
