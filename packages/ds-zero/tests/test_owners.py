@@ -17,7 +17,7 @@ from ds_zero.kernels import TorchKernels
 from ds_zero.kinds import UpdateKind
 from ds_zero.layout import Spec, plan
 from ds_zero.optim import Lamb, Muon
-from ds_zero.owners import Owned, balance, inside, slices_between
+from ds_zero.owners import Owned, balance, inside, routes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -41,9 +41,11 @@ def test_what_travels_covers_each_tensor_once(shapes: list[list[int]], num_ranks
     layout = plan([Spec(f"p{index}", torch.Size(shape), 0) for index, shape in enumerate(shapes)], num_ranks)
     tensors = [Owned(0, slot, data.draw(st.integers(0, num_ranks - 1))) for slot in layout.slots if slot.numel]
     counts = [torch.zeros(tensor.slot.numel, dtype=torch.int) for tensor in tensors]
-    for holder in range(num_ranks):
-        for owner in range(num_ranks):
-            for part in slices_between(tensors, [layout], num_ranks, holder=holder, owner=owner):
+    by_rank = [routes(tensors, [layout], num_ranks, rank) for rank in range(num_ranks)]
+    for owner, (_, here) in enumerate(by_rank):
+        for holder, parts in enumerate(here):
+            assert by_rank[holder].away[owner] == parts, "both sides know the same"
+            for part in parts:
                 assert tensors[part.tensor].owner == owner
                 counts[part.tensor][part.start : part.start + part.numel] += 1
     for tensor, count in zip(tensors, counts, strict=True):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -37,10 +38,10 @@ def balance(costs: Sequence[int], num_ranks: int) -> list[int]:
         R. L. Graham, Bounds on Multiprocessing Timing Anomalies, 1969.
     """
     owners = [0] * len(costs)
-    loads = [0] * num_ranks
+    loads = [(0, rank) for rank in range(num_ranks)]  # a heap
     for item in sorted(range(len(costs)), key=lambda item: (-costs[item], item)):
-        owners[item] = min(range(num_ranks), key=lambda rank: (loads[rank], rank))
-        loads[owners[item]] += costs[item]
+        load, owners[item] = loads[0]
+        heapq.heapreplace(loads, (load + costs[item], owners[item]))
     return owners
 
 
@@ -49,20 +50,28 @@ def inside(slot: Slot, interval: tuple[int, int]) -> bool:
     return interval[0] <= slot.offset and slot.end <= interval[1]
 
 
-def slices_between(
-    tensors: Sequence[Owned], layouts: Sequence[Layout], num_ranks: int, *, holder: int, owner: int
-) -> list[Slice]:
-    """Return what rank ``holder`` of ``num_ranks`` holds of the tensors of rank ``owner``, in an order both know.
+class Routes(NamedTuple):
+    """What travels to and from one rank, by the other rank, in an order that both know."""
 
-    A tensor that the owner holds as a whole has no slices: it is stepped where it is.
-    """
-    found = []
+    away: list[list[Slice]]  # what this rank holds of tensors that others own
+    here: list[list[Slice]]  # what others hold of tensors that this rank owns
+
+
+def routes(tensors: Sequence[Owned], layouts: Sequence[Layout], num_ranks: int, rank: int) -> Routes:
+    """Return what travels. A tensor that its owner holds as a whole does not: it is stepped where it is."""
+    found = Routes([[] for _ in range(num_ranks)], [[] for _ in range(num_ranks)])
     for index, tensor in enumerate(tensors):
-        layout = layouts[tensor.flat]
-        if tensor.owner != owner or inside(tensor.slot, layout.cut(num_ranks, owner)):
+        layout, slot = layouts[tensor.flat], tensor.slot
+        if inside(slot, layout.cut(num_ranks, tensor.owner)):
             continue
-        start, end = layout.cut(num_ranks, holder)
-        first, last = max(start, tensor.slot.offset), min(end, tensor.slot.end)
-        if first < last:
-            found.append(Slice(index, first - tensor.slot.offset, last - first))
+        numel = layout.length // num_ranks
+        holders = range(slot.offset // numel, (slot.end - 1) // numel + 1)
+        for holder in holders if tensor.owner == rank else [rank] if rank in holders else []:
+            start, end = layout.cut(num_ranks, holder)
+            first, last = max(start, slot.offset), min(end, slot.end)
+            part = Slice(index, first - slot.offset, last - first)
+            if tensor.owner == rank:
+                found.here[holder].append(part)
+            if holder == rank:
+                found.away[tensor.owner].append(part)
     return found

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from .flat import Flat, Update
 from .layout import Layout, Slot
-from .owners import Owned, Slice, balance, inside, slices_between
+from .owners import Owned, Slice, balance, inside, routes
 
 if TYPE_CHECKING:
     from ds_core.protocols import ShardUpdate, UpdateRule
@@ -72,11 +71,9 @@ class WholeTensors:
             for index, tensor in enumerate(self._tensors)
             if tensor.owner == comm.rank
         }
-        between = partial(slices_between, self._tensors, layouts, comm.size)
         # where nothing is cut nothing is sent
-        ranks = range(comm.size if comm.size > 1 and self._tensors else 0)
-        self._away = [between(holder=comm.rank, owner=rank) for rank in ranks]
-        self._here = [between(holder=rank, owner=comm.rank) for rank in ranks]
+        sent = self._tensors if comm.size > 1 else []
+        self._away, self._here = routes(sent, layouts, comm.size if sent else 0, comm.rank)
         self.refresh()
 
     @property
