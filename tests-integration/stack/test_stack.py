@@ -129,3 +129,25 @@ def test_checkpoint_on_some_ranks_goes_on_on_others(
 def test_every_backend_is_the_same_on_any_number_of_ranks(ranks: RankPool, optimizer: str) -> None:
     setting = Setting(optimizer=optimizer, backend="reference", precision="bf16")
     assert_same(ranks.run(train, setting, 4, size=4), ranks.run(train, setting, 4, size=1))
+
+
+def trained_under_watch(rank: Rank, watched: bool, optimizer: str) -> list[Exported]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(*[torch.nn.Sequential(torch.nn.Linear(8, 8)) for _ in range(3)])
+    timeouts = {"watchdog_timeout": 60.0, "fingerprint_timeout": 60.0} if watched else {}
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "optimizer": {"type": optimizer, "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": 3, **timeouts},
+    }
+    engine, *_ = ds_core.initialize(model, config=config, group=rank.group)
+    for step in range(3):
+        engine.backward(engine(torch.full((2, 8), float(step + rank.rank))).square().mean())
+        engine.step()
+    return exported(engine._sharded)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "Muon"])
+def test_watchdog_and_fingerprints_change_no_bit(ranks: RankPool, optimizer: str) -> None:
+    watched, bare = (assembled(ranks.run(trained_under_watch, watched, optimizer, size=2)) for watched in (True, False))
+    assert_same_bits(watched, bare)

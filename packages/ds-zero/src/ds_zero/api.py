@@ -112,7 +112,7 @@ def shard(
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     device = device or _device_of(model)
-    mesh = mesh_of(group, parts.collectives, kernels=kernels, config=config, device=device)
+    mesh, diagnosis = mesh_of(group, parts.collectives, kernels=kernels, config=config, device=device)
     comm = mesh.everyone
     _check_num_ranks(comm, config)
     hybrid = mesh.across.size > 1
@@ -136,6 +136,7 @@ def shard(
     prepare(model, comm, device)
     units = build_units(model, config.unit_classes, compute_dtypes(model, precision), group_of, shared)
     settle_rest(model)
+    diagnosis.learn(model, units)
     _broadcast_buffers(model, comm)
     optimizer, update, whole = make_over(units, arranged, make_optimizer, parts.update, shared)
     return Sharded(model, units, optimizer, update=update, whole=whole, shared=shared)

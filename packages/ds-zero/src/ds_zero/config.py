@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -41,6 +42,16 @@ class ZeroConfig:
     """Ranks of a node; at stage 3 parameters are sharded within each node and repeated on all of them, gradients and
     optimizer state are sharded over all ranks. 1: parameters, too, are sharded over all ranks."""
 
+    fingerprint_timeout: float | None = None
+    """Seconds to wait for the other ranks before each collective, to compare what they are about to do: a mismatch is
+    an error that names both sides, not a hang. None compares nothing. For debugging: it keeps all ranks in step, and
+    ranks of one host send messages."""
+
+    watchdog_timeout: float | None = None
+    """Seconds a rank may wait in a collective before the run ends with the name of the rank and the unit that is late.
+    Then an exception or the death of one rank ends all of them, with its text. None watches nothing; 600 suits most
+    runs."""
+
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"zero stage is one of 0, 1, 2, 3; got {self.stage!r}")
@@ -53,6 +64,10 @@ class ZeroConfig:
             raise ValueError("mics_shard_size and zero_hpz_partition_size exclude each other: set one of them")
         if self.zero_hpz_partition_size > 1 and self.stage != 3:
             raise ValueError(f"zero_hpz_partition_size is about sharded parameters: it needs stage 3, got {self.stage}")
+        for name in ("fingerprint_timeout", "watchdog_timeout"):
+            seconds = getattr(self, name)
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ValueError(f"{name} is a number of seconds above 0, or None; got {seconds!r}")
 
     @property
     def node_size(self) -> int | None:

@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .collectives import LocalCollectives, collectives_of
+from .diagnosis import Diagnosis
 from .layout import Layout
 from .placement import Placement
 
@@ -142,6 +143,13 @@ class Mesh(NamedTuple):
         return self.across if wide is Placement.NODE else self.everyone
 
 
+class Joined(NamedTuple):
+    """Collectives, and what is around them."""
+
+    mesh: Mesh
+    diagnosis: Diagnosis
+
+
 def mesh_of(
     group: dist.ProcessGroup | None,
     given: Collectives | None,
@@ -149,20 +157,34 @@ def mesh_of(
     kernels: ShardKernels,
     config: ZeroConfig,
     device: torch.device,
-) -> Mesh:
-    """Return the mesh of ``group`` as ``config`` cuts it into nodes; over ``given`` collectives if there are any."""
-    make = partial(collectives_of, kernels=kernels, device=device, host_memory=config.host_memory)
-    everyone = given or make(group)
+) -> Joined:
+    """Return the mesh of ``group`` as ``config`` cuts it into nodes.
+
+    Args:
+        group: The ranks.
+        given: Collectives to use instead of ds-zero's own, or None.
+        kernels: Ordered sums.
+        config: Nodes.
+        device: Where the data lie.
+    """
+    diagnosis = Diagnosis(config, group)
+    # ranks that compare fingerprints do not serve each other's reads meanwhile
+    host_memory = config.host_memory and config.fingerprint_timeout is None
+    make = partial(collectives_of, kernels=kernels, device=device, host_memory=host_memory)
+    everyone = diagnosis.around(given or make(group), "all ranks")
     if not config.node_size or group is None or everyone.size == 1:
-        return one_node(everyone, kernels)
+        return Joined(one_node(everyone, kernels), diagnosis)
     if given is not None:
         raise ValueError("nodes (mics_shard_size, zero_hpz_partition_size) need ds-zero's own collectives")
     if everyone.size % config.node_size:
         raise ValueError(f"{everyone.size} ranks are not a whole number of nodes of {config.node_size}")
     if config.node_size == everyone.size:
-        return one_node(everyone, kernels)
+        return Joined(one_node(everyone, kernels), diagnosis)
     nodes, across = parts_of(everyone.size, config.node_size)
-    return of_nodes(everyone, make(group, parts=nodes), make(group, parts=across))
+    own_node, own_across = (next(part for part in parts if everyone.rank in part) for parts in (nodes, across))
+    node = diagnosis.around(make(group, parts=nodes), f"the node of ranks {own_node[0]} to {own_node[-1]}")
+    over_nodes = diagnosis.around(make(group, parts=across), f"ranks {', '.join(map(str, own_across))} of their nodes")
+    return Joined(of_nodes(everyone, node, over_nodes), diagnosis)
 
 
 def one_node(everyone: Collectives, kernels: ShardKernels) -> Mesh:
