@@ -169,7 +169,63 @@ def compiled_blocks_agree(device: torch.device) -> None:
     assert_same_bits(results[1], results[0])
 
 
+def deferred_models_have_the_bits_of_eager_ones(device: torch.device) -> None:
+    """Also where values are drawn on the GPU, whose generator counts in another way."""
+
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        with device:
+            net = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+            net.extra = nn.Parameter(torch.randn(1000) * 2)
+        nn.init.trunc_normal_(net[0].weight, std=0.02)
+        net[1].to("cpu").to(device)
+        return net
+
+    eager = build()
+    drawn = torch.randn(3, device=device)
+    with ds_zero.deferred():
+        model = build()
+    assert torch.equal(torch.randn(3, device=device), drawn)
+    ds_zero.shard(model, None)
+    for got, want in zip(model.parameters(), eager.parameters(), strict=True):
+        assert got.device.type == device.type
+        assert torch.equal(got, want)
+
+
+def error_of(action: Callable[[], object]) -> str:
+    """Return the text with which ``action`` is refused; empty if it is not."""
+    try:
+        action()
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def states_leave_the_device_and_come_back(device: torch.device) -> None:
+    """Parking gives memory back, refuses forward passes meanwhile, and changes no bit."""
+
+    def run(*, parked: bool) -> State:
+        net = network(device)
+        precision = ds_zero.Precision(compute=torch.bfloat16)
+        sharded = ds_zero.shard(net, lambda groups: torch.optim.AdamW(groups, lr=1e-2), precision=precision)
+        for step in range(4):
+            net(batch(step, device, torch.bfloat16)).float().square().mean().backward()
+            sharded.step()
+            if parked and step == 1:
+                report = sharded.memory()
+                freed = sharded.parking.offload_states()
+                if device.type == "cuda":
+                    assert sum(freed.values()) >= report.param + report.grad + report.state, (freed, report)
+                    assert "reload_states" in error_of(lambda: net(batch(0, device, torch.bfloat16)))
+                assert sharded.parking.reload_states() == sum(freed.values())
+        return assembled([exported(sharded)])
+
+    assert_same_bits(run(parked=True), run(parked=False))
+
+
 CHECKS: list[Callable[[torch.device], None]] = [
+    deferred_models_have_the_bits_of_eager_ones,
+    states_leave_the_device_and_come_back,
     ranks_and_stages_give_the_same_bits,
     equals_a_plain_loop,
     optimizers_of_each_kind_give_the_same_bits,

@@ -8,10 +8,12 @@ import ds_zero
 import pytest
 import torch
 from ds_testkit import Rank, RankPool
+from ds_testkit.models import seeded
 from ds_testkit.state import assembled, assert_same_bits, exported
+from ds_zero.parking import KINDS, park, states_of, unpark
 from torch import Tensor
 
-from .helpers import Run, build, train_steps
+from .helpers import Run, build, make_optimizer, train_steps
 
 NAMES = ["tokens.weight", "blocks.1.fc.weight", "blocks.0.norm1.bias", "norm.weight", "head.weight"]
 pytestmark = pytest.mark.rung_c
@@ -125,3 +127,110 @@ def test_mistakes_change_nothing() -> None:
         access.full_grad("weight")
     assert torch.equal(model.weight, before)
     assert torch.equal(access.full_param("bias"), model.bias)
+
+
+def gathered(rank: Rank, run: Run, writer: int) -> Any:
+    """Change two of three parameters on one rank; the third keeps its exact master."""
+    model, sharded = build(rank, run)
+    train_steps(rank, run, model, sharded, range(2))
+    with sharded.access.gathered([model.tokens.weight, "head.weight", "norm.weight"], writeback_from=writer):
+        seen = model.norm.weight.detach().clone()
+        if rank.rank == writer:
+            model.tokens.weight.data[0] = 3.0  # not seen by a version
+            with torch.no_grad():
+                model.head.weight.mul_(2)
+    with sharded.access.gathered(model.blocks[0]):
+        whole = sharded.module.blocks[0].fc.weight.detach().float().clone()
+    kept = torch.equal(seen.float(), sharded.access.full_param("norm.weight").to(seen.dtype).float())
+    assert torch.equal(whole, sharded.access.full_param("blocks.0.fc.weight").to(run.compute or torch.float32).float())
+    train_steps(rank, run, model, sharded, range(2, 3))
+    return exported(sharded), kept
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_one_rank_changes_becomes_everybodys(ranks: RankPool, compute: torch.dtype | None) -> None:
+    run = Run(compute=compute)
+    want = assembled([ranks.run(gathered, run._replace(stage=0), 0, size=1)[0][0]])
+    for size, stage, writer in ((2, 0, 1), (2, 1, 0), (4, 2, 3), (4, 3, 2), (2, 3, 0)):
+        results = ranks.run(gathered, run._replace(stage=stage), writer, size=size)
+        assert_same_bits(assembled(pieces for pieces, _ in results), want)
+        assert all(kept for _, kept in results)
+
+
+def refused(rank: Rank, stage: int) -> tuple[list[str], bool, bool]:
+    model, sharded = build(rank, Run(stage=stage))
+    before, texts = assembled([exported(sharded)]) if rank.size == 1 else exported(sharded), []
+
+    def change(what: Any, writer: int | None, *, fails: bool = False) -> None:
+        with sharded.access.gathered(what, writeback_from=writer):
+            if rank.rank == 1 or fails:
+                torch.nn.init.ones_(model.norm.bias)
+            if fails:
+                raise ZeroDivisionError
+
+    for writer in (None, 0):
+        with pytest.raises(RuntimeError) as error:
+            change(model, writer)
+        texts.append(str(error.value))
+    with pytest.raises(ZeroDivisionError):
+        change("norm.bias", 1, fails=True)
+    with pytest.raises(ValueError, match="from 0 to 1, got 2"):
+        change("norm.bias", 2)
+    after = exported(sharded)
+    unchanged = all(torch.equal(old.data, new.data) for old, new in zip(before, after, strict=True))
+    with sharded.access.gathered("norm.bias"):
+        zero = bool((model.norm.bias == 0).all())
+    return texts, unchanged, zero
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_other_changes_are_undone_and_said_on_all_ranks(ranks: RankPool, stage: int) -> None:
+    for texts, unchanged, zero in ranks.run(refused, stage, size=2):
+        assert texts[0].startswith("norm.bias: changed within gathered(), where no rank may change parameters")
+        assert "only the rank of writeback_from may" in texts[1]
+        assert unchanged
+        assert zero
+
+
+def moved(rank: Rank, stage: int) -> tuple[Any, Any, dict[str, int]]:
+    """Park every storage by hand, as on a GPU, in the middle of training."""
+    run = Run(stage=stage, compute=torch.bfloat16)
+    model = seeded()
+    config = ds_zero.ZeroConfig(stage=stage, host_memory=False)  # memory that ranks share has a fixed size
+    precision = ds_zero.Precision(compute=torch.bfloat16)
+    sharded = ds_zero.shard(model, make_optimizer("AdamW"), config=config, group=rank.group, precision=precision)
+    train_steps(rank, run, model, sharded, range(2))
+    freed = sharded.parking.offload_states()
+    sharded._release()
+    tensors = [tensor for of_kind in states_of(sharded._flats, sharded.optimizer).values() for tensor in of_kind]
+    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+    parked = [park(storage) for storage in storages.values() if storage.nbytes()]
+    assert sum(storage.nbytes() for storage in storages.values()) == 0
+    report = sharded.memory()
+    held = sum(one.host.numel() for one in parked)
+    assert held >= report.param + report.grad + report.state
+    for one in parked:
+        unpark(one)
+    train_steps(rank, run, model, sharded, range(2, 4))
+    return exported(sharded), None, freed
+
+
+def trained(rank: Rank, stage: int) -> Any:
+    run = Run(stage=stage, compute=torch.bfloat16)
+    model, sharded = build(rank, run)
+    train_steps(rank, run, model, sharded, range(4))
+    return exported(sharded)
+
+
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_parked_state_comes_back_as_it_was(ranks: RankPool, stage: int) -> None:
+    results = ranks.run(moved, stage, size=2)
+    assert_same_bits(assembled(part[0] for part in results), assembled(ranks.run(trained, stage, size=2)))
+    assert all(freed == dict.fromkeys(KINDS, 0) for _, _, freed in results)  # on a CPU nothing is to be gained
+
+
+def test_unknown_states_are_refused() -> None:
+    parking = ds_zero.shard(torch.nn.Linear(2, 2), None).parking
+    with pytest.raises(ValueError, match="no states 'hp_params'; there are params, masters, optimizer, gradients"):
+        parking.offload_states(["hp_params"])
+    assert parking.reload_states() == 0

@@ -244,6 +244,8 @@ def changed_from_outside(rank: Rank, stage: int) -> list[Tensor]:
         if step:
             for index, name in enumerate(dict(model.named_parameters())):
                 sharded.access.set_full_param(name, sharded.access.full_param(name) + 0.1 * (index + 1))
+            with sharded.access.gathered(model[1], writeback_from=0), torch.no_grad():
+                model[1].weight.mul_(2)
         for _ in range(2 // rank.size):
             model(torch.ones(1, 24)).square().sum().backward()
         sharded.step()

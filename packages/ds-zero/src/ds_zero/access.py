@@ -9,18 +9,21 @@ what was changed is renewed: low-precision copies, replicas, and whole parameter
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from .gathering import Target, whole_within
 from .intervals import Interval, agreed, gathered, own_interval
 from .placement import Placement
 
 if TYPE_CHECKING:
     from .flat import Flat, Resources
     from .layout import Slot
+    from .units import Residency, Unit
 
 Param: TypeAlias = str | nn.Parameter
 """A parameter, or its name in the model; a tied one has several."""
@@ -29,6 +32,7 @@ Param: TypeAlias = str | nn.Parameter
 class _Place(NamedTuple):
     name: str
     flat: Flat
+    number: int  # among the flat's parameters
     slot: Slot
 
 
@@ -37,8 +41,9 @@ class Access:
 
     Args:
         model: The partitioned model.
-        flats: All of it.
+        units: All of it.
         optimizer: Over the shards.
+        residency: Brings sharded units in.
         shared: What the flats share.
         num_micro_batches: Says how many backward passes the gradient sums hold.
         changed: Is told that gradients, or without that parameters, have been changed.
@@ -56,9 +61,10 @@ class Access:
     def __init__(
         self,
         model: nn.Module,
-        flats: Sequence[Flat],
+        units: Sequence[Unit],
         optimizer: torch.optim.Optimizer | None,
         *,
+        residency: Residency,
         shared: Resources,
         num_micro_batches: Callable[[], int],
         changed: Callable[[], None],
@@ -72,10 +78,15 @@ class Access:
         self._renewed = renewed
         self._model = model
         self._names = dict(model.named_parameters(remove_duplicate=False))
+        self._units = units
+        self._residency = residency
+        self._mesh = shared.mesh
+        self._sharded = shared.placements.param is not Placement.REPLICATE
         self._places = {
-            param: _Place(slot.name, flat, slot)
-            for flat in flats
-            for param, slot in zip(flat.params, flat.layout.slots, strict=True)
+            param: _Place(slot.name, flat, number, slot)
+            for unit in units
+            for flat in unit.flats
+            for number, (param, slot) in enumerate(zip(flat.params, flat.layout.slots, strict=True))
         }
 
     # Parameters #
@@ -192,6 +203,47 @@ class Access:
         """
         for name, param in self._model.named_parameters():
             yield name, self.full_param(param)
+
+    @contextmanager
+    def gathered(
+        self, what: nn.Module | Param | Iterable[Param], *, writeback_from: int | None = None
+    ) -> Iterator[None]:
+        """Make parameters whole within the block, in the compute data type; all ranks enter and leave it.
+
+        Memory: the units that hold them, and a copy of the parameters (at stage 3 on rank ``writeback_from`` only), by
+        which a change is recognised, also one through ``.data``. No step, no forward pass and no other such block with
+        ``writeback_from`` may run within.
+
+        Args:
+            what: A module, with all below it, or one or several parameters or names.
+            writeback_from: The rank whose changes in place become everybody's; masters take them over, of what was
+                changed and nothing else. Other ranks may leave alone or change likewise what that rank changes.
+
+        Raises:
+            RuntimeError: On all ranks: something else was changed, and all changes of the block were undone. (At
+                stage 3 a change through ``.data`` on other ranks is dropped without being seen.)
+
+        Example:
+            >>> import ds_zero
+            >>> sharded = ds_zero.shard(torch.nn.Linear(2, 1), None, config=ds_zero.ZeroConfig(stage=3))
+            >>> with sharded.access.gathered("bias", writeback_from=0), torch.no_grad():
+            ...     _ = sharded.module.bias.fill_(2.0)
+            >>> sharded.access.full_param("bias")
+            tensor([2.])
+        """
+        if isinstance(what, nn.Module):
+            params: Iterable[Param] = what.parameters()
+        else:
+            params = [what] if isinstance(what, (str, nn.Parameter)) else what
+        places = [self._place(param) for param in params]
+        targets = [Target(place.flat.params[place.number], place.flat, place.slot) for place in places]
+        flats = {place.flat for place in places}
+        units = [unit for unit in self._units if self._sharded and flats.intersection(unit.flats)]
+        with whole_within(targets, units, self._residency, self._mesh, writeback_from):
+            yield
+        if writeback_from is not None:
+            self._renewed()
+            self._changed()
 
     # Helpers #
 

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from .construct import settle, take
 from .gradient import FlatGradient
-from .layout import Layout
+from .layout import Layout, Slot
 from .mesh import Mesh
 from .placement import Placement, Placements
 
@@ -85,6 +85,10 @@ class StoragePool:
             self._free.append(memory)
         else:
             storage.resize_(0)
+
+    def trim(self) -> None:
+        """Give free memory back to the allocator."""
+        self._free.clear()
 
     @property
     def nbytes(self) -> int:
@@ -254,7 +258,19 @@ class Flat:
             self.shard.copy_(self.master)
         return self.begin_refresh()
 
+    def keep(self, slot: Slot, values: Tensor) -> None:
+        """Take over what this rank keeps of a parameter's ``values`` (1D)."""
+        for target, first in ((self._kept, self._kept_from), (self.master, self.state_range[0])):
+            start, end = max(first, slot.offset), min(first + target.numel(), slot.end)
+            if start < end:
+                target[start - first : end - first].copy_(values[start - slot.offset : end - slot.offset])
+
     # Properties #
+
+    @property
+    def kept(self) -> Tensor:
+        """1D, the compute parameters that are kept from step to step."""
+        return self._kept
 
     @property
     def whole(self) -> Tensor:
@@ -282,15 +298,8 @@ class Flat:
 
     def _take_values(self) -> None:
         """Fill what this rank keeps, and forget the rest of each parameter."""
-        kept = [(self._kept, self._kept_from)]
-        if self.master.dtype != self.shard.dtype:
-            kept.append((self.master, self.state_range[0]))
         for slot, param, view in zip(self.layout.slots, self.params, self._views, strict=True):
-            values = take(param, self._shared.mesh.everyone).view(-1)
-            for target, first in kept:
-                start, end = max(first, slot.offset), min(first + target.numel(), slot.end)
-                if start < end:
-                    target[start - first : end - first].copy_(values[start - slot.offset : end - slot.offset])
+            self.keep(slot, take(param, self._shared.mesh.everyone).view(-1))
             settle(param, view)
 
     def _make_segments(self) -> list[Segment]:

@@ -109,6 +109,10 @@ class TreeSum:
         held = [b for b in [*self._free, *self._levels] if b is not None and b is not self._home]
         return sum(b.nbytes for b in held)
 
+    def tensors(self) -> list[Tensor]:
+        """Return all buffers, in use or kept."""
+        return [buffer for buffer in [*self._free, *self._levels] if buffer is not None]
+
     def _keep(self, buffer: Tensor) -> None:
         # home on top: the next leaf is then summed where this rank's part of it already lies
         self._free.insert(len(self._free) if buffer is self._home else 0, buffer)
@@ -239,6 +243,10 @@ class FlatGradient:
         """Bytes held from step to step, without pooled memory."""
         leaf = 0 if self._pooled else self._leaf_bytes
         return leaf + self._sum.nbytes + (0 if self._full is None else self._full.nbytes)
+
+    def tensors(self) -> list[Tensor]:
+        """Return everything that holds memory; pooled memory has none between passes."""
+        return [self._leaf, *([] if self._full is None else [self._full]), *self._sum.tensors()]
 
     def _start_leaf(self) -> None:
         self._filling = True

@@ -20,6 +20,7 @@ from . import state, whole_state
 from .access import Access
 from .blocks import Blocks
 from .outside import OutsideReads
+from .parking import Parking, states_of
 from .passes import Hooks, Reducer
 from .placement import Placement
 from .units import Phase, Residency, Unit
@@ -88,13 +89,15 @@ class Sharded:
         self._norm: GradNorm | None = None  # of the gradients as they stand
         self.access = Access(
             module,
-            self._flats,
+            units,
             optimizer,
+            residency=self._residency,
             shared=shared,
             num_micro_batches=lambda: self.micro_batches,
             changed=self._forget_derived,
             renewed=whole.refresh,
         )
+        self.parking = Parking(module, lambda: states_of(self._flats, self.optimizer), self._release)
         self._reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, self._reads)
         hooks.guard(module)
@@ -346,6 +349,11 @@ class Sharded:
         """Parameters or gradients were written from outside."""
         self._residency.drop_all()
         self._norm = None
+
+    def _release(self) -> None:
+        self._residency.drop_all()
+        self._shared.param_pool.trim()
+        self._shared.grad_pool.trim()
 
     def _sharded_units_below(self, part: nn.Module) -> list[Unit]:
         return self._units_below(part) if self._sharded else []
