@@ -30,6 +30,9 @@ import torch.distributed as dist
 from .contenders import CONTENDERS, Workload
 
 
+DEFAULT = [name for name in CONTENDERS if not name.startswith("ds-zero") and not name.endswith("-gloo")]
+
+
 def serve(pipe: Any, name: str, rank: int, world: int, store: str, work: Workload) -> None:
     """One rank of one contender: run as many steps as it is told, answer with their times."""
     warnings.simplefilter("ignore")
@@ -127,7 +130,8 @@ def header() -> str:
         f"# Training step, {datetime.date.today().isoformat()}",
         "",
         f"{', '.join(versions)}; Python {platform.python_version()}; {cpu}, {os.cpu_count()} cores, "
-        "one thread per rank, gloo over loopback.",
+        "one thread per rank, gloo over loopback; the ranks of ds-1, ds-2 and ds-3 read each other's memory "
+        "(`host_memory`, the default), those of ds-N-gloo send messages as the peers do.",
         "Interleaved: in each round every contender runs once, in random order; medians over all samples. "
         "Overhead is the median step minus the floor's (the same processes training without any synchronisation).",
         "",
@@ -144,7 +148,7 @@ def main() -> None:
     parser.add_argument("--accumulation", type=int, nargs="+", default=[1])
     parser.add_argument("--clip", type=float, nargs="+", default=[0.0])
     parser.add_argument("--dtypes", nargs="+", default=["fp32", "bf16"])
-    parser.add_argument("--contenders", nargs="+", default=[n for n in CONTENDERS if not n.startswith("ds-zero")])
+    parser.add_argument("--contenders", nargs="+", default=DEFAULT)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--steps", type=int, default=2, help="steps per turn")
     parser.add_argument("--out", type=Path, help="Markdown file to write")
