@@ -29,7 +29,6 @@ import torch.distributed as dist
 
 from .contenders import CONTENDERS, Workload
 
-
 DEFAULT = [name for name in CONTENDERS if not name.startswith("ds-zero") and not name.endswith("-gloo")]
 
 
