@@ -291,3 +291,37 @@ def knocks(rank: Rank) -> int:
 
 def test_strangers_are_turned_away(ranks: RankPool) -> None:
     assert ranks.run(knocks, size=2) == [1, 1]
+
+
+# Many calls, many tensors #
+
+
+def many_in_flight(rank: Rank) -> bool:
+    """More records than a socket takes, before anybody reads one."""
+    comm = join(rank, timeout=60.0)
+    shards = [comm.allocate(4, torch.zeros(0)).fill_(float(rank.rank + key)) for key in range(2000)]
+    outs = [torch.empty(4 * rank.size) for _ in shards]
+    calls = [comm.all_gather(out, shard, key=key) for key, (out, shard) in enumerate(zip(outs, shards, strict=True))]
+    for call in calls:
+        call.wait()
+    return all(
+        out.view(rank.size, 4)[:, 0].tolist() == [float(r + key) for r in range(rank.size)]
+        for key, out in enumerate(outs)
+    )
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_calls_without_number_may_be_in_flight(ranks: RankPool, size: int) -> None:
+    assert ranks.run(many_in_flight, size=size) == [True] * size
+
+
+def descriptors_for(rank: Rank) -> int:
+    comm = join(rank)
+    before = len(os.listdir("/proc/self/fd"))
+    tensors = [comm.allocate(100_000, torch.zeros(0)) for _ in range(1500)]
+    assert len({tensor.data_ptr() for tensor in tensors}) == 1500
+    return len(os.listdir("/proc/self/fd")) - before
+
+
+def test_small_tensors_share_windows(ranks: RankPool) -> None:
+    assert max(ranks.run(descriptors_for, size=2)) <= 4

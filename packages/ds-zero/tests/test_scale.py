@@ -30,10 +30,11 @@ def loss(model: nn.Module) -> Tensor:
     return result
 
 
-def check_traffic(run: Measured, stage: int, size: int) -> None:
+def check_traffic(run: Measured, stage: int, size: int, *, first: bool = False) -> None:
     """2 P for stages 0 to 2, 3 P for stage 3; (size - 1) / size of each, in elements, padding included.
 
-    At stage 3 the two last units of the forward pass are still whole when the backward pass begins with them.
+    At stage 3 the two last units of the forward pass are still whole when the backward pass begins with them. In the
+    first pass ranks also agree on the order of reductions, one number for each unit.
     """
     total = sum(run.flats)
     assert total == run.num_params + run.padding
@@ -46,7 +47,9 @@ def check_traffic(run: Measured, stage: int, size: int) -> None:
         ("reduce_scatter", "world"): num_flats,
         ("all_gather", "world"): len(gathered),
         ("gather_rows", "world"): rows,
+        **({("broadcast", "world"): 1} if first else {}),
     }
+    assert traffic.elements["broadcast", "world"] <= num_flats * first
     assert traffic.elements["reduce_scatter", "world"] == once
     assert traffic.elements["all_gather", "world"] == gathers
     # gradients and parameters travel in two bytes; stage 0 gathers gradient sums, in four
@@ -83,7 +86,7 @@ def test_a_trillion_parameters_on_16384_ranks(stage: int) -> None:
     run = measure(gpt(dim=25600, layers=128), loss, stage, 16384, steps=1)
     assert 1.0e12 < run.num_params < 1.02e12
     assert run.padding <= 0.01 * run.num_params
-    check_traffic(run, stage, 16384)
+    check_traffic(run, stage, 16384, first=True)
     check_memory(run, stage, 16384)
     # what the norm gathers at a time does not grow with the model, only with its widest unit
     assert run.largest_rows_bytes <= max(16 << 20, 8 * max(run.flats) // 2048)

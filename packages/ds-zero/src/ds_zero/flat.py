@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from ds_core.protocols import Handle, ShardKernels
 
 
+_NBYTES = torch.UntypedStorage.nbytes
+
+
 class StoragePool:
     """Lends memory to storages that are empty the rest of the time.
 
@@ -74,7 +77,7 @@ class StoragePool:
         else:
             storage.resize_(nbytes)
         self._leased_bytes += storage.nbytes()
-        self._peak_bytes = max(self._peak_bytes, self.nbytes)
+        self._peak_bytes = max(self._peak_bytes, self._leased_bytes + sum(map(_NBYTES, self._free)))
 
     def release(self, storage: torch.UntypedStorage) -> None:
         """Take the memory back; ``storage`` is empty afterwards, and reading a view of it is an access violation."""
@@ -93,7 +96,7 @@ class StoragePool:
     @property
     def nbytes(self) -> int:
         """Bytes held now, leased or free."""
-        return self._leased_bytes + sum(free.nbytes() for free in self._free)
+        return self._leased_bytes + sum(map(_NBYTES, self._free))
 
     @property
     def peak_bytes(self) -> int:
@@ -107,7 +110,7 @@ class StoragePool:
             self._free.clear()
             byte = torch.empty(0, dtype=torch.uint8, device=device)
             return self._allocate(nbytes, byte).untyped_storage()
-        memory = min(fitting, key=torch.UntypedStorage.nbytes)
+        memory = min(fitting, key=_NBYTES)
         self._free.remove(memory)
         return memory
 

@@ -18,7 +18,7 @@ import select
 import socket
 import struct
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from enum import IntEnum
 from functools import partial
@@ -86,8 +86,7 @@ class Call:
 
     def wait(self) -> None:
         """Return when the result may be read and the inputs may be written."""
-        if not self.over:
-            self._finish(self)
+        self._finish(self)
 
 
 class HostCollectives:
@@ -119,8 +118,10 @@ class HostCollectives:
         self._peers = sorted(sockets)
         self._poll = select.poll()
         self._rank_of = {peer.fileno(): rank for rank, peer in sockets.items()}
-        for fd in self._rank_of:
+        for fd, rank in self._rank_of.items():
+            sockets[rank].settimeout(0.0)  # nobody waits but in poll()
             self._poll.register(fd, select.POLLIN)
+        self._unsent: dict[int, deque[Record]] = {peer: deque() for peer in self._peers}  # did not fit into a socket
         self._windows = Windows(self._peers)
         self._mapped: dict[tuple[int, int], Memory] = {}  # by rank and its window
         self._ended: set[int] = set()
@@ -172,8 +173,8 @@ class HostCollectives:
         while self._windows.gone:
             news = Record(Kind.GONE, *name, window=self._windows.gone.pop())
             for peer in self._peers:
-                self._send(peer, news, None)
-        staged: dict[int, int] = {}  # windows of copies, by the data's address: one serves all peers
+                self._send(peer, news)
+        staged: dict[int, tuple[int, int]] = {}  # places of copies, by the data's address: one serves all peers
         for peer in self._peers:
             self._announce(call, peer, outgoing[peer], staged)
         for peer, record in self._early.pop(name, {}).items():
@@ -181,22 +182,22 @@ class HostCollectives:
         self._serve(0.0)
         return call
 
-    def _announce(self, call: Call, peer: int, data: Tensor, staged: dict[int, int]) -> None:
+    def _announce(self, call: Call, peer: int, data: Tensor, staged: dict[int, tuple[int, int]]) -> None:
         """Tell ``peer`` where ``data`` lie."""
         if not data.numel():
-            self._send(peer, call.ready, None)
+            self._send(peer, call.ready)
             return
         address, start = data.data_ptr(), data.untyped_storage().data_ptr()
-        window = self._windows.at.get(start, -1)
-        offset = address - start
+        window, offset = self._windows.at.get(start, (-1, 0))
+        offset += address - start
         if window < 0:
             if address not in staged:
                 staged[address] = self._stage(call, data)
-            window, offset = staged[address], 0
+            window, offset = staged[address]
         record = Record(*call.ready[:3], window, offset, data.nbytes)
-        self._send(peer, record, self._windows.undelivered.get((window, peer)))
+        self._send(peer, record)
 
-    def _stage(self, call: Call, data: Tensor) -> int:
+    def _stage(self, call: Call, data: Tensor) -> tuple[int, int]:
         """Copy ``data`` to a window."""
         memory = self._spare.pop() if self._spare else data.new_empty(0)
         if memory.numel() < data.nbytes:
@@ -206,15 +207,15 @@ class HostCollectives:
         return self._windows.at[memory.data_ptr()]
 
     def _finish(self, call: Call) -> None:
-        """Return when ``call`` is over.
+        """Return when ``call`` is over and all records have left: who returns may end, and its sockets with it.
 
         Raises:
             PeerLostError: A rank has ended.
             TimeoutError: A rank did not join in time.
         """
         deadline = time.monotonic() + self._timeout
-        while not call.over:
-            late = sorted(call.unready or call.unread)
+        while not call.over or any(self._unsent.values()):
+            late = sorted(call.unready or call.unread or (peer for peer in self._peers if self._unsent[peer]))
             for peer in late:
                 if peer in self._ended:
                     raise PeerLostError(
@@ -236,41 +237,63 @@ class HostCollectives:
 
     # Records #
 
-    def _send(self, peer: int, record: Record, fd: int | None) -> None:
-        ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(fd))]
-        try:
-            self._sockets[peer].sendmsg([_FORMAT.pack(*record)], ancillary)
-        except (BrokenPipeError, ConnectionResetError):
-            self._ended.add(peer)  # whoever waits for it says so
-        if fd is not None:
-            self._windows.delivered(record.window, peer)
+    def _send(self, peer: int, *news: Record) -> None:
+        """Send ``news`` after what did not fit before; what does not fit now is sent while others are waited for."""
+        unsent, connection = self._unsent[peer], self._sockets[peer]
+        unsent.extend(news)
+        while unsent:
+            window = unsent[0].window
+            fd = self._windows.undelivered.get((window, peer))
+            ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(fd))]
+            try:
+                connection.sendmsg([_FORMAT.pack(*unsent[0])], ancillary)
+            except BlockingIOError:
+                self._poll.modify(connection, select.POLLIN | select.POLLOUT)
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self._ended.add(peer)  # whoever waits for it says so
+            unsent.popleft()
+            if fd is not None:
+                self._windows.delivered(window, peer)
 
     def _serve(self, timeout: float) -> None:
-        """Take in what has come; waits up to ``timeout`` seconds for a first record."""
-        for socket_fd, _ in self._poll.poll(timeout * 1e3):
+        """Take in what has come and send what is left; waits up to ``timeout`` seconds for a first event."""
+        for socket_fd, events in self._poll.poll(timeout * 1e3):
             peer = self._rank_of[socket_fd]
-            try:
-                data, ancillary, _, _ = self._sockets[peer].recvmsg(_FORMAT.size, socket.CMSG_SPACE(_FD.size))
-            except ConnectionResetError:
-                data, ancillary = b"", []
-            if not data:  # all its records have been read
-                self._poll.unregister(socket_fd)
-                self._ended.add(peer)
-                continue
-            record = Record(*_FORMAT.unpack(data))
-            name = record.call, record.turn
-            if ancillary:
-                self._mapped[peer, record.window] = map_window(*_FD.unpack(ancillary[0][2]))
-            if record.kind == Kind.GONE:
-                self._mapped.pop((peer, record.window), None)
-            elif record.kind == Kind.DONE:
-                call = self._calls[name]
-                call.unread.discard(peer)
-                self._close_if_over(call)
-            elif name in self._calls:
-                self._on_ready(self._calls[name], peer, record)
-            else:
-                self._early.setdefault(name, {})[peer] = record
+            if events & select.POLLOUT:
+                self._poll.modify(socket_fd, select.POLLIN)
+                self._send(peer)
+            while events & ~select.POLLOUT and self._receive(peer):
+                pass
+
+    def _receive(self, peer: int) -> bool:
+        """Take in one record; False if there is none."""
+        try:
+            data, ancillary, _, _ = self._sockets[peer].recvmsg(_FORMAT.size, socket.CMSG_SPACE(_FD.size))
+        except BlockingIOError:
+            return False
+        except ConnectionResetError:
+            data, ancillary = b"", []
+        if not data:  # all its records have been read
+            self._poll.unregister(self._sockets[peer])
+            self._ended.add(peer)
+            self._unsent[peer].clear()
+            return False
+        record = Record(*_FORMAT.unpack(data))
+        name = record.call, record.turn
+        if ancillary:
+            self._mapped[peer, record.window] = map_window(*_FD.unpack(ancillary[0][2]))
+        if record.kind == Kind.GONE:
+            self._mapped.pop((peer, record.window), None)
+        elif record.kind == Kind.DONE:
+            call = self._calls[name]
+            call.unread.discard(peer)
+            self._close_if_over(call)
+        elif name in self._calls:
+            self._on_ready(self._calls[name], peer, record)
+        else:
+            self._early.setdefault(name, {})[peer] = record
+        return True
 
     def _on_ready(self, call: Call, peer: int, record: Record) -> None:
         expected = call.pieces[peer]
@@ -290,7 +313,7 @@ class HostCollectives:
             call.take(call.pieces)
             call.pieces.clear()
             for other in self._peers:
-                self._send(other, Record(Kind.DONE, record.call, record.turn), None)
+                self._send(other, Record(Kind.DONE, record.call, record.turn))
             self._close_if_over(call)
 
     def _close_if_over(self, call: Call) -> None:

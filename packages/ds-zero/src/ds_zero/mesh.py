@@ -29,7 +29,10 @@ if TYPE_CHECKING:
 
 
 class Then:
-    """One collective after another; plays the role ``Handle``. What follows starts in :meth:`wait`."""
+    """One collective after another; plays the role ``Handle``.
+
+    What follows starts in :meth:`wait`, which is called once, and in the same order of calls on all ranks.
+    """
 
     __slots__ = ("_first", "_then")
 
@@ -78,7 +81,8 @@ class TwoLevelCollectives:
         numel = full.numel() // self._node.size
         fitting = [sums for sums in self._sums if sums.numel() >= numel]
         memory = fitting[0] if fitting else self._across.allocate(numel, full.new_empty(0, dtype=torch.float32))
-        self._sums = [sums for sums in self._sums if sums is not memory]
+        # what is too small for this call would only be held in vain beside the new memory
+        self._sums = [sums for sums in fitting if sums is not memory]
         sums = memory[:numel]
 
         def reduce_over_nodes() -> Handle:

@@ -11,10 +11,16 @@ and wherever the last pass had no gradient for some parameter, units of which au
 A pass opens with the first hook that fires and ends when autograd has finished, whoever called ``backward()``; each
 pass in which a gradient arrives is one micro-batch (``torch.autograd.grad`` runs hooks, too, but writes none). The
 model's outputs have a hook so that a pass opens in the graph of the caller's ``backward()``, not in one of those that
-reentrant checkpointing runs within it. A unit's gradient leaves as soon as its last parameter has one. What has not
-left by the end of the pass (unused parameters) leaves then, zeros included: every unit is reduced exactly once per pass
-on every rank, so ranks cannot disagree on what is communicated. At most two reductions are in flight while a third leaf
-is written, which bounds the memory of leaves and receive buffers.
+reentrant checkpointing runs within it. Every unit is reduced exactly once per pass on every rank; what has no gradient
+counts as zero.
+
+[Note: Order of reductions]
+Units leave in one order on all ranks, each as soon as its last gradient and all units before it are there; what is
+left at the end of the pass (unused parameters) leaves then. Ranks may therefore take different branches: one that waits
+for a unit has sent all before it, so whoever has not sent that unit yet waits for nothing and will come to it. The
+order is at first the reverse of the model's; after the first pass it is the one in which rank 0's gradients came. At
+most two reductions are in flight while a third leaf is written, which bounds the memory of leaves and receive buffers
+as long as gradients come in the order of reductions.
 """
 
 from __future__ import annotations
@@ -24,7 +30,7 @@ import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +39,9 @@ from torch.utils import _pytree as pytree
 
 from .outside import OutsideReads, without_views
 from .units import Phase, Presence, Residency, Unit, in_backward
+
+if TYPE_CHECKING:
+    from ds_core.protocols import Collectives
 
 _MAX_IN_FLIGHT = 2
 _UNSEEN = (
@@ -46,13 +55,21 @@ class Reducer:
     """See [Note: Backward pass].
 
     Args:
-        units: All units; their order is the order of what is left at the end of a pass.
+        units: All units, in the order of the model.
         on_end: Called when a pass is over.
+        agree: Called on all ranks with the order in which gradients came, as indices; returns rank 0's.
     """
 
-    def __init__(self, units: Sequence[Unit], on_end: Callable[[], None]) -> None:
+    def __init__(
+        self, units: Sequence[Unit], on_end: Callable[[], None], agree: Callable[[list[int]], list[int]]
+    ) -> None:
         self._units = [unit for unit in units if unit.num_trained]
         self._on_end = on_end
+        self._agree = agree
+        self._order = self._units[::-1]  # in which units leave
+        self._is_agreed = False
+        self._next = 0  # in the order
+        self._complete: dict[Unit, None] = {}  # units all of whose gradients have come, in the order of their coming
         self._open = False
         self._arrived: Counter[Unit] = Counter()
         self._sent: set[Unit] = set()
@@ -88,7 +105,11 @@ class Reducer:
             self._make_room()
             unit.accept(flat, param)
             if self._arrived[unit] == unit.num_trained and unit not in self._late:
-                self.send(unit)
+                self._complete[unit] = None
+                while self._next < len(self._order) and (following := self._order[self._next]) in self._complete:
+                    self._next += 1
+                    if following not in self._sent:
+                        self.send(following)
         return self.is_complete(unit)
 
     def is_complete(self, unit: Unit) -> bool:
@@ -122,18 +143,28 @@ class Reducer:
     def _end(self) -> None:
         self._finish_all()
         if self._arrived:
-            left = [unit for unit in self._units if unit not in self._sent or unit in self._late]
+            left = [unit for unit in self._order if unit not in self._sent or unit in self._late]
             for unit in left if self.sync else []:
                 self.send(unit)
             self._finish_all()
+            if self.sync and not self._is_agreed:
+                self._learn_order()
             self._partial = {unit for unit in self._units if self._arrived[unit] < unit.num_trained}
             self.num_passes += 1
         self._close()
         self._on_end()
 
+    def _learn_order(self) -> None:
+        came = [unit for unit in self._complete if unit not in self._late]
+        came += [unit for unit in self._order if unit not in came]
+        index = {unit: i for i, unit in enumerate(self._units)}
+        self._order = [self._units[i] for i in self._agree([index[unit] for unit in came])]
+        self._is_agreed = True
+
     def _close(self) -> None:
         self._open = False
-        for known in (self._arrived, self._expected, self._asked, self._sent):
+        self._next = 0
+        for known in (self._arrived, self._expected, self._asked, self._sent, self._complete):
             known.clear()
 
     def _make_room(self) -> None:
@@ -143,6 +174,19 @@ class Reducer:
     def _finish_all(self) -> None:
         while self._in_flight:
             self._in_flight.popleft().finish_reduce()
+
+
+def agree_over(comm: Collectives, units: Sequence[Unit]) -> Callable[[list[int]], list[int]]:
+    """Return a function that returns the list that rank 0 called it with; all ranks call it."""
+
+    def agree(order: list[int]) -> list[int]:
+        device = units[0].flats[0].params[0].device
+        # fake ranks have parameters without values, but an order
+        shared = torch.tensor(order, device="cpu" if device.type == "meta" else device)
+        comm.broadcast(shared)
+        return [int(index) for index in shared.tolist()]
+
+    return agree
 
 
 class Hooks:

@@ -21,7 +21,7 @@ from .access import Access
 from .blocks import Blocks
 from .outside import OutsideReads
 from .parking import Parking, states_of
-from .passes import Hooks, Reducer
+from .passes import Hooks, Reducer, agree_over
 from .placement import Placement
 from .units import Phase, Residency, Unit
 
@@ -83,7 +83,7 @@ class Sharded:
         self._shared = shared
         self._sharded = shared.placements.param is not Placement.REPLICATE
         self._residency = Residency()
-        self._reducer = Reducer(units, self._end_pass)
+        self._reducer = Reducer(units, self._end_pass, agree_over(shared.mesh.everyone, units))
         self._norm_batches = _norm_batches(self._trained, shared.mesh.everyone.size)
         self._blocks = Blocks(units)
         self._norm: GradNorm | None = None  # of the gradients as they stand

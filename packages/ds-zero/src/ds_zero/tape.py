@@ -82,8 +82,8 @@ class Constant:
         small = tensor.nbytes <= _KEPT_BYTES
         self._tensor = tensor.detach().clone() if small else tensor  # a detached one would count versions by itself
         self._version = self._tensor._version
-        copy = self._tensor.cpu().contiguous() if small else None
-        content = b"" if copy is None else hashlib.blake2b(_memory(copy)).digest()
+        # all of it, whatever the size: parameters would be put together from what differs between ranks
+        content = hashlib.blake2b(_memory(self._tensor.cpu().contiguous())).digest()
         self.identity = repr((tuple(tensor.shape), tensor.dtype, content))
 
     def value(self) -> Tensor:
