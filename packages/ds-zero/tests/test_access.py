@@ -234,3 +234,43 @@ def test_unknown_states_are_refused() -> None:
     with pytest.raises(ValueError, match="no states 'hp_params'; there are params, masters, optimizer, gradients"):
         parking.offload_states(["hp_params"])
     assert parking.reload_states() == 0
+
+
+def misfits(rank: Rank, stage: int) -> tuple[list[str], bool]:
+    """Give rank 0 alone values that do not fit."""
+    model, sharded = build(rank, Run(stage=stage))
+    model(torch.full((2, 5), rank.rank)).backward()
+    access, texts = sharded.access, []
+    before = [access.full_param("norm.weight"), access.full_grad("norm.weight")]
+    longer = int(rank.rank == 0)
+    part = torch.ones(access.local_param("norm.weight").data.numel() + longer)
+    whole = torch.ones(before[0].numel() + longer)
+
+    def in_a_block() -> None:
+        with access.gathered(["head.weight", "norm.weight"], writeback_from=0):
+            if rank.rank == 0:
+                model.norm.weight.data = whole
+
+    for action in (
+        lambda: access.set_local_param("norm.weight", part),
+        lambda: access.set_local_grad("norm.weight", part),
+        lambda: access.set_full_param("norm.weight", whole),
+        lambda: access.set_full_grad("norm.weight", whole),
+        in_a_block,
+    ):
+        with pytest.raises(ValueError) as error:
+            action()
+        texts.append(str(error.value))
+    after = [access.full_param("norm.weight"), access.full_grad("norm.weight")]
+    return texts, all(torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_does_not_fit_on_one_rank_is_said_on_all(ranks: RankPool, stage: int) -> None:
+    (first, first_kept), (second, second_kept) = ranks.run(misfits, stage, size=2)
+    assert first_kept
+    assert second_kept
+    assert all("got a value of shape" in text for text in first[:4])
+    assert all("another rank got a value of a shape that does not fit" in text for text in second[:4])
+    assert first[4] == second[4]
+    assert first[4].startswith("norm.weight: given data of another shape within gathered() on some rank")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import ds_zero
@@ -268,14 +269,14 @@ def test_no_rank_holds_more_than_shards_and_a_unit(ranks: RankPool) -> None:
         assert peak > 4 * shards  # what it is compared with is seen by the same measurement
 
 
-def differing(rank: Rank, what: str) -> str:
+def differing(rank: Rank, what: str, **nodes: int) -> str:
     torch.manual_seed(rank.rank if what == "seed" else 0)
     with ds_zero.deferred():
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=what != "bias" or rank.rank != 2))
         if what == "constant":
             nn.init.constant_(model[1].weight, 1.0 if rank.rank == 1 else 0.0)
     with pytest.raises(ValueError) as error:
-        ds_zero.shard(model, None, group=rank.group)
+        ds_zero.shard(model, None, config=ds_zero.ZeroConfig(stage=3, **nodes), group=rank.group)
     return str(error.value)
 
 
@@ -287,6 +288,8 @@ def test_ranks_that_build_different_models_are_named(ranks: RankPool) -> None:
         )
         assert "torch.manual_seed" in text
     assert "ranks [1] differ from rank 0's in '1.weight'." in ranks.run(differing, "constant")[3]
+    by_node = partial(differing, mics_shard_size=2)  # where shards stand in another order
+    assert "ranks [1] differ from rank 0's in '1.weight'." in ranks.run(by_node, "constant")[3]
     assert (
         "ranks [2] differ from rank 0's in their numbers of parameters and buffers: 4, 4, 3, 4"
         in (ranks.run(differing, "bias")[0])
@@ -336,14 +339,16 @@ def test_errors_say_what_to_do() -> None:
     with ds_zero.deferred(), pytest.raises(RuntimeError, match="nothing has memory: leave it first"):
         ds_zero.shard(nn.Linear(2, 2), None)
     with ds_zero.deferred():
-        hooked = nn.Linear(2, 2)
+        hooked = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     with pytest.raises(NotImplementedError, match=r"resize_ of a deferred tensor of shape .2. cannot be recorded"):
-        hooked.bias.data.resize_(3)
+        hooked[1].bias.data.resize_(3)
     with pytest.raises(RuntimeError, match="has no data to save"):
-        copy.copy(hooked.bias).__reduce_ex__(2)
-    hooked.weight.register_hook(lambda grad: grad)
-    with pytest.raises(ValueError, match="register them after"):
+        copy.copy(hooked[1].bias).__reduce_ex__(2)
+    hook = hooked[1].weight.register_hook(lambda grad: grad)
+    with pytest.raises(ValueError, match=r"would be lost: 1.weight; register them after"):
         ds_zero.shard(hooked, None)
+    assert all(is_deferred(param) for param in hooked.parameters()), "nothing has been begun"
+    hook.remove()
     big = torch.ones(1 << 19)
     with ds_zero.deferred():
         model = nn.Linear(1 << 19, 1, bias=False)

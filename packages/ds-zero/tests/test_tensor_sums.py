@@ -83,3 +83,27 @@ def sent_bytes(rank: Rank) -> int:
 def test_a_step_sends_one_small_message(ranks: RankPool) -> None:
     assert len(set(ranks.run(sent_bytes, size=2))) == 1
     assert 0 < ranks.run(sent_bytes, size=2)[0] <= 8 * 2 * 2 * 2 * math.log2(64 * 64 / BLOCK)
+
+
+def test_groups_without_sums_are_refused_before_anything_is_cut() -> None:
+    model = nn.Linear(40, 3)
+    first, second = {"params": [model.weight]}, {"params": [model.bias]}
+    for groups, index in (
+        ([first, {**second, "update_kind": "elementwise"}], 1),
+        ([{**first, "update_kind": "elementwise"}, {**second, "update_kind": "elementwise"}], 0),
+        ([{**first, "update_kind": "tensor"}, second], 0),
+    ):
+        with pytest.raises(ValueError, match=f"parameter group {index} declares update_kind .*Lamb takes sums over"):
+            ds_zero.shard(model, Lamb, param_groups=groups)
+    assert model.weight._base is None  # still the user's own memory
+    whole = [{**first, "update_kind": "tensor"}, {**second, "update_kind": "tensor"}]
+    results = []
+    for groups in (whole, [first, second]):
+        torch.manual_seed(1)
+        own = nn.Linear(40, 3)
+        params = [{**group, "params": [param]} for group, param in zip(groups, own.parameters(), strict=True)]
+        sharded = ds_zero.shard(own, Lamb, param_groups=params)
+        own(torch.ones(2, 40)).square().sum().backward()
+        sharded.step()
+        results.append(own.weight.detach().clone())
+    assert torch.equal(*results)

@@ -157,3 +157,46 @@ def test_an_error_of_rank_0_ends_all_ranks(ranks: RankPool, tmp_path: Path) -> N
     assert "Not a directory" in results[0][0] or "File exists" in results[0][0]
     assert "rank 0 could not write" in results[1][0]
     assert [count for _, count in results] == [1, 1]
+
+
+def unsaved(rank: Rank, folder: str) -> list[str]:
+    """Save what the format has no name for; then let rank 0 fail in the middle, and at the end."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    sharded = ds_zero.shard(model, None, config=ds_zero.ZeroConfig(stage=3), group=rank.group)
+    texts = []
+
+    def fails(kind: type[Exception], **settings: Any) -> None:
+        with pytest.raises(kind) as error:
+            ds_zero.save_safetensors(sharded, folder, **settings)
+        texts.append(str(error.value))
+
+    model.register_buffer("phase", torch.ones(2, dtype=torch.complex128))
+    fails(ValueError)
+    del model._buffers["phase"]
+    fails(ValueError, dtype=torch.complex128)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ds_zero.safetensors_io.byte_view", lambda tensor: 1 / 0)
+        fails(ZeroDivisionError if rank.rank == 0 else RuntimeError)
+    with pytest.MonkeyPatch.context() as patch:
+        rename = Path.rename
+
+        def once(path: Path, target: Path) -> Path:
+            if "00002-of" in target.name:
+                raise OSError("no space left")
+            return rename(path, target)
+
+        patch.setattr(Path, "rename", once)
+        fails(OSError if rank.rank == 0 else RuntimeError, max_shard_bytes=64)
+    return texts
+
+
+@pytest.mark.rung_c
+def test_any_failure_ends_all_ranks_and_leaves_no_file(ranks: RankPool, tmp_path: Path) -> None:
+    first, second = ranks.run(unsaved, str(tmp_path / "files"), size=2)
+    assert first[:2] == second[:2]
+    assert first[0].startswith("'phase' is torch.complex128, for which the safetensors format has no name")
+    assert first[1].startswith("'0.weight' is torch.complex128")
+    assert first[2:] == ["division by zero", "no space left"]
+    assert all(text.startswith("rank 0 could not write the files") for text in second[2:])
+    assert list((tmp_path / "files").iterdir()) == []

@@ -3,7 +3,8 @@
 [Note: Access]
 *Full* means the whole tensor on every rank; all ranks call it, in the same order. *Local* means this rank's interval
 (see [Note: Intervals]), a view of live memory, read without communication. After a change all that is derived from
-what was changed is renewed: low-precision copies, replicas, and whole parameters. The functions
+what was changed is renewed: low-precision copies, replicas, and whole parameters; so all ranks call what writes, and
+if a value does not fit on one of them, all raise before anything is changed. The functions
 ``safe_get_full_fp32_param``, ``safe_get_local_grad`` and so on of DeepSpeed do the same.
 """
 
@@ -99,7 +100,7 @@ class Access:
     def set_full_param(self, param: Param, value: Tensor) -> None:
         """Replace a whole parameter by ``value``, which is the same on all ranks."""
         place = self._place(param)
-        _check_shape(place, value)
+        self._check_shape(place, value)
         flat, first = place.flat, place.flat.state_range[0]
         begin, end = max(first, place.slot.offset), min(flat.state_range[1], place.slot.end)
         if begin < end:
@@ -142,7 +143,7 @@ class Access:
     def set_full_grad(self, param: Param, value: Tensor, *, reduction: str = "mean") -> None:
         """Replace a whole gradient by ``value``, which is the same on all ranks; see :meth:`full_grad`."""
         place = self._place(param)
-        _check_shape(place, value)
+        self._check_shape(place, value)
         factor = self._grad_factor(reduction)
         own = self._local_grad(place)
         own.data.copy_(value.detach().reshape(-1)[own.start : own.start + own.data.numel()].double() / factor)
@@ -153,7 +154,7 @@ class Access:
         return self._local_grad(self._place(param))
 
     def set_local_grad(self, param: Param, value: Tensor) -> None:
-        """Replace this rank's interval of a gradient sum (1D)."""
+        """Replace this rank's interval of a gradient sum (1D, as long as the interval); all ranks call it."""
         place = self._place(param)
         self._set_local(place, self._local_grad(place), value)
         self._grad_changed(place)
@@ -172,7 +173,7 @@ class Access:
     def set_full_state(self, param: Param, key: str, value: Tensor) -> None:
         """Replace a whole tensor of optimizer state by ``value``, which is the same on all ranks."""
         place = self._place(param)
-        _check_shape(place, value)
+        self._check_shape(place, value)
         self._checked_state(place, key)
         for start, data in self._state_parts(place, key):
             data.copy_(value.detach().reshape(-1)[start : start + data.numel()])
@@ -267,12 +268,26 @@ class Access:
         return self._interval(place, place.flat.master.detach(), place.flat.state_range[0])
 
     def _set_local(self, place: _Place, own: Interval, value: Tensor) -> None:
-        if value.shape != own.data.shape:
-            raise ValueError(
-                f"parameter {place.name!r}: this rank holds {own.data.numel()} elements of it, got a value of shape "
-                f"{list(value.shape)}; nothing was changed on this rank"
-            )
+        held = f"this rank holds {own.data.numel()} elements of it"
+        self._check_fits(place, value, fits=value.shape == own.data.shape, held=held)
         own.data.copy_(value.detach())
+
+    def _check_shape(self, place: _Place, value: Tensor) -> None:
+        held = f"it has shape {list(place.slot.shape)}"
+        self._check_fits(place, value, fits=value.shape == place.slot.shape, held=held)
+
+    def _check_fits(self, place: _Place, value: Tensor, *, fits: bool, held: str) -> None:
+        """Raise on all ranks if a value does not fit on one of them."""
+        rows = agreed([fits], self.comm, place.flat.master.device)
+        if not fits:
+            raise ValueError(
+                f"parameter {place.name!r}: {held}, got a value of shape {list(value.shape)}; nothing was changed"
+            )
+        if not all(row[0] for row in rows):
+            raise ValueError(
+                f"parameter {place.name!r}: another rank got a value of a shape that does not fit, and says so; "
+                "nothing was changed"
+            )
 
     def _renew(self, flat: Flat) -> None:
         """Derive from the master what depends on it."""
@@ -324,14 +339,6 @@ class Access:
         if own is None or not all(row[0] for row in rows) or not any(row[1] for row in rows):
             raise _no_state(place, key)
         return Interval(own.start, own.data.float())
-
-
-def _check_shape(place: _Place, value: Tensor) -> None:
-    if value.shape != place.slot.shape:
-        raise ValueError(
-            f"parameter {place.name!r} has shape {list(place.slot.shape)}, got a value of shape {list(value.shape)}; "
-            "nothing was changed"
-        )
 
 
 def _no_state(place: _Place, key: str) -> KeyError:

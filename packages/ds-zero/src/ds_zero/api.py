@@ -133,7 +133,7 @@ def shard(
         precision.gradient,
         frozenset(index for index, kind in enumerate(arranged.kinds) if kind.per_tensor),
     )
-    prepare(model, comm, device)
+    prepare(model, mesh, device)
     units = build_units(model, config.unit_classes, compute_dtypes(model, precision), group_of, shared)
     settle_rest(model)
     diagnosis.learn(model, units)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -16,31 +17,34 @@ from .tape import evaluate, geometry_of, tensor_over
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives
 
+    from .mesh import Mesh
+
 _MAX_SHOWN = 8  # names in one message
 
 
-def prepare(model: nn.Module, comm: Collectives, device: torch.device) -> None:
+def prepare(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
     """Make sure that each parameter and buffer can be valued, and that all ranks will value them alike.
 
     Communicates 16 bytes, and 8 for each tensor where ranks differ. All ranks call it.
 
     Args:
         model: Parameters on the meta device become deferred, see :func:`record_resets`.
-        comm: The ranks.
+        mesh: The ranks.
         device: Where what stands on the meta device is made; the meta device itself: it stays there, without values.
 
     Raises:
-        ValueError: A module on the meta device has no ``reset_parameters``; or ranks differ in names, shapes or data
-            types, or in how deferred tensors come about.
+        ValueError: A module on the meta device has no ``reset_parameters``; or a parameter that is yet to be made has
+            hooks; or ranks differ in names, shapes or data types, or in how deferred tensors come about.
         RuntimeError: It is called within ``deferred()``.
     """
     if is_deferred(torch.empty(0)):
         raise RuntimeError("the model is partitioned within deferred(), where nothing has memory: leave it first")
+    _check_no_hooks(model, device)
     if device.type == "meta":
         return
     if any(tensor.is_meta for tensor in _own_tensors(model)):
         record_resets(model, device)
-    _check_ranks_agree(model, comm)
+    _check_ranks_agree(model, mesh)
 
 
 def take(param: nn.Parameter, comm: Collectives) -> Tensor:
@@ -64,16 +68,25 @@ def settle(param: nn.Parameter, data: Tensor) -> None:
 def _make_ordinary(param: nn.Parameter, like: Tensor) -> None:
     if not is_deferred(param):
         return
-    if param._backward_hooks or param._post_accumulate_grad_hooks:
-        raise ValueError(
-            f"a deferred parameter of shape {list(param.shape)} has hooks, which would be lost: register them after "
-            "the model has been partitioned"
-        )
     kind = nn.Parameter if isinstance(param, DeferredTensor) else type(param)
     # empty: over the data itself, writes to the data would count as writes to the parameter
     real = torch.Tensor._make_subclass(kind, like.new_empty(0), param.requires_grad)
     vars(real).update({name: value for name, value in vars(param).items() if name != "_is_param"})
     torch.utils.swap_tensors(param, real)
+
+
+def _check_no_hooks(model: nn.Module, device: torch.device) -> None:
+    names = [
+        name
+        for name, param in model.named_parameters()
+        if is_deferred(param) or (param.is_meta and device.type != "meta")
+        if param._backward_hooks or param._post_accumulate_grad_hooks
+    ]
+    if names:
+        raise ValueError(
+            f"parameters without values have hooks, which would be lost: {', '.join(names[:_MAX_SHOWN])}; register "
+            "them after the model has been partitioned"
+        )
 
 
 def settle_rest(model: nn.Module) -> None:
@@ -170,13 +183,16 @@ class _Fingerprint(NamedTuple):
     number: int  # 64 bits
 
 
-def _check_ranks_agree(model: nn.Module, comm: Collectives) -> None:
+def _check_ranks_agree(model: nn.Module, mesh: Mesh) -> None:
+    comm = mesh.everyone
     prints = [*_fingerprints(model)]
     whole = _number("".join(f"{name}={number};" for name, number in prints).encode())
     device = next((tensor.device for tensor in _own_tensors(model)), torch.device("cpu"))
     rows = comm.gather_rows(torch.tensor([whole, len(prints)], device=device))
     if bool((rows == rows[0]).all()):
         return
+    order = sorted(range(comm.size), key=partial(_rank_of, mesh=mesh))  # rows are in the order of shards
+    rows = rows[order]
     differ = [rank for rank, row in enumerate(rows.tolist()) if row != rows[0].tolist()]
     what = "their numbers of parameters and buffers: " + ", ".join(str(count) for count in rows[:, 1].tolist())
     if bool((rows[:, 1] == rows[0, 1]).all()):
@@ -188,6 +204,12 @@ def _check_ranks_agree(model: nn.Module, comm: Collectives) -> None:
         f"the models of ranks {differ} differ from rank 0's in {what}. Build the same model on every rank; under "
         "deferred() that includes the random seed (torch.manual_seed before the block)"
     )
+
+
+def _rank_of(index: int, mesh: Mesh) -> int:
+    """Return the rank that holds shard ``index``, see [Note: Order of shards]."""
+    within, node = divmod(index, mesh.across.size)
+    return node * mesh.node.size + within
 
 
 def _fingerprints(model: nn.Module) -> Iterator[_Fingerprint]:

@@ -79,8 +79,13 @@ def _before(param: nn.Parameter, *, copies: bool) -> _Before:
 
 def _agreed_changes(targets: Sequence[Target], before: Sequence[_Before], mesh: Mesh, index: int | None) -> list[bool]:
     """Return which parameters the writer changed; raise on all ranks if another rank did, and nothing is kept then."""
-    flags = [_has_changed(target.param, old) for target, old in zip(targets, before, strict=True)]
-    rows = agreed(flags, mesh.everyone, before[0].view.device) if flags else []
+    misshapen = [target.param.shape != old.view.shape for target, old in zip(targets, before, strict=True)]
+    flags = [
+        wrong or _has_changed(target.param, old) for target, old, wrong in zip(targets, before, misshapen, strict=True)
+    ]
+    rows = agreed(flags + misshapen, mesh.everyone, before[0].view.device) if flags else []
+    _check_shapes(targets, [any(row[len(flags) + number] for row in rows) for number in range(len(flags))])
+    rows = [row[: len(flags)] for row in rows]
     written = [False] * len(flags) if index is None or not rows else rows[index]
     lost = {
         target.slot.name: None
@@ -98,6 +103,15 @@ def _agreed_changes(targets: Sequence[Target], before: Sequence[_Before], mesh: 
     )
 
 
+def _check_shapes(targets: Sequence[Target], misshapen: Sequence[bool]) -> None:
+    names = [target.slot.name for target, wrong in zip(targets, misshapen, strict=True) if wrong]
+    if names:
+        raise ValueError(
+            f"{', '.join(names[:_MAX_SHOWN])}: given data of another shape within gathered() on some rank; all changes "
+            "of the block were undone. Shapes cannot change once a model is partitioned"
+        )
+
+
 def _check_still_whole(units: Sequence[Unit]) -> None:
     gone = [unit.name for unit in units if unit.presence is not Presence.WHOLE]
     if gone:
@@ -109,11 +123,6 @@ def _check_still_whole(units: Sequence[Unit]) -> None:
 
 def _has_changed(param: nn.Parameter, before: _Before) -> bool:
     if param.data_ptr() != before.view.data_ptr():  # its data were replaced
-        if param.shape != before.view.shape:
-            raise ValueError(
-                f"a parameter of shape {list(before.view.shape)} was given data of shape {list(param.shape)} within "
-                "gathered(): shapes cannot change once a model is partitioned"
-            )
         before.view.copy_(param.data)
         param.data = before.view
         if before.copy is None:

@@ -111,13 +111,15 @@ def arrange(
         The groups of the optimizer that was made, over the model's parameters again.
 
     Raises:
-        ValueError: A declaration is none of the four kinds, or the optimizer cannot run on partitioned parameters.
+        ValueError: A declaration is none of the four kinds, or not one that the optimizer can follow, or the optimizer
+            cannot run on partitioned parameters.
     """
     originals = {_stand_in(param): param for entry in groups for param in entry["params"]}
     stand_ins = {param: stand_in for stand_in, param in originals.items()}
     probe = make_optimizer([_named(entry, names, stand_ins) for entry in groups])
     own = [{key: value for key, value in entry.items() if key != "param_names"} for entry in probe.param_groups]
     kinds = _kinds(type(probe), own)
+    _check_statistics(probe, kinds)
     return Arranged([{**entry, "params": [originals[p] for p in entry["params"]]} for entry in own], kinds)
 
 
@@ -150,6 +152,21 @@ def _kinds(optimizer: type[torch.optim.Optimizer], groups: Sequence[Mapping[str,
             KEY,
         )
     return [_parsed(group[KEY]) if KEY in group else known or UpdateKind.TENSOR for group in groups]
+
+
+def _check_statistics(optimizer: torch.optim.Optimizer, kinds: Sequence[UpdateKind]) -> None:
+    """Refuse groups without sums over tensors in an optimizer that takes them for all of its groups."""
+    if optimizer.defaults.get(KEY) != UpdateKind.STATISTICS.value:
+        return
+    others = {index: kind for index, kind in enumerate(kinds) if kind is not UpdateKind.STATISTICS}
+    if len(others) == len(kinds) and all(kind.whole for kind in kinds):
+        return  # whole tensors need nobody's sums
+    for index, kind in others.items():
+        raise ValueError(
+            f"parameter group {index} declares {KEY} {kind.value!r}, but {type(optimizer).__name__} takes sums over "
+            f"whole tensors in all groups ({UpdateKind.STATISTICS.value!r}): leave the key out of this group, or "
+            f"declare {UpdateKind.TENSOR.value!r} for all groups"
+        )
 
 
 def _known(optimizer: type[torch.optim.Optimizer]) -> UpdateKind | None:

@@ -15,7 +15,7 @@ import ctypes
 import json
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -174,15 +174,19 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 class SafetensorsWriter:
-    """Writes tensors one after the other into one file or several; what fails is returned, not raised.
+    """Writes tensors one after the other into one file or several; what fails in writing is returned, not raised.
 
     Args:
         folder: Where to.
         files: What goes into each file, in the order in which it will come.
         tied: Further names of tensors, with the name each is stored under.
+
+    Raises:
+        ValueError: The format has no name for a data type.
     """
 
     def __init__(self, folder: Path, files: Sequence[Sequence[Planned]], tied: Mapping[str, str]) -> None:
+        _check_dtypes(tensor for tensors in files for tensor in tensors)
         self.names = file_names(len(files))
         self._folder = folder
         self._files = [list(tensors) for tensors in files]
@@ -190,27 +194,30 @@ class SafetensorsWriter:
         self._turns = ((number, tensor) for number, tensors in enumerate(files) for tensor in tensors)
         self._open: BinaryIO | None = None
         self._number = -1  # of the file that is open
+        self._renamed: list[Path] = []
 
     def begin(self) -> Exception | None:
         """Make the folder, and make sure that nothing would be overwritten."""
-        there = [name for name in {*self.names, INDEX, SINGLE} if (self._folder / name).exists()]
-        if there:
-            return ValueError(f"{self._folder} holds {', '.join(there)} already: give another folder, or remove them")
         try:
+            there = [name for name in {*self.names, INDEX, SINGLE} if (self._folder / name).exists()]
+            if there:
+                return ValueError(
+                    f"{self._folder} holds {', '.join(there)} already: give another folder, or remove them"
+                )
             self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - returned
             return error
         return None
 
     def write(self, values: Tensor) -> Exception | None:
         """Write the next tensor, converted to its planned data type."""
-        number, tensor = next(self._turns)
         try:
+            number, tensor = next(self._turns)
             self._advance(number)
             stored = values.to("cpu", tensor.dtype).contiguous()  # it has to outlive the view of its bytes
             if self._open is not None:
                 self._open.write(byte_view(stored))
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001 - returned
             self._discard()
             return error
         return None
@@ -223,7 +230,8 @@ class SafetensorsWriter:
                 self._temporary(INDEX).write_text(self._index(), encoding="utf-8")
             for name in [*self.names, *([INDEX] if len(self._files) > 1 else [])]:
                 self._temporary(name).rename(self._folder / name)
-        except OSError as error:
+                self._renamed.append(self._folder / name)
+        except Exception as error:  # noqa: BLE001 - returned
             self._discard()
             return error
         return None
@@ -255,6 +263,17 @@ class SafetensorsWriter:
             self._open.close()
         for name in (*self.names, INDEX):
             self._temporary(name).unlink(missing_ok=True)
+        for path in self._renamed:
+            path.unlink(missing_ok=True)
+
+
+def _check_dtypes(tensors: Iterable[Planned]) -> None:
+    for tensor in tensors:
+        if tensor.dtype not in DTYPES.values():
+            raise ValueError(
+                f"{tensor.name!r} is {tensor.dtype}, for which the safetensors format has no name; nothing was "
+                "written. Convert it, or save a checkpoint instead"
+            )
 
 
 # Reading #

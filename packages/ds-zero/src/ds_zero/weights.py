@@ -103,9 +103,10 @@ def save_safetensors(
         The names of the files with tensors.
 
     Raises:
-        ValueError: The folder holds files of these names: nothing is overwritten.
-        OSError: On rank 0: a file could not be written; the temporary ones are removed.
-        RuntimeError: On the other ranks then.
+        ValueError: The format has no name for a tensor's data type; or, on rank 0, the folder holds files of these
+            names: nothing is overwritten.
+        OSError: On rank 0: a file could not be written; all that this call has written is removed.
+        RuntimeError: On the other ranks, when rank 0 raises anything.
     """
     comm = sharded.access.comm
     buffers = state.persistent_buffers(sharded.module)
