@@ -14,6 +14,7 @@ from ds_zero.parking import KINDS, park, states_of, unpark
 from torch import Tensor
 
 from .helpers import Run, build, make_optimizer, train_steps
+from .optimizers import Shampoo
 
 NAMES = ["tokens.weight", "blocks.1.fc.weight", "blocks.0.norm1.bias", "norm.weight", "head.weight"]
 pytestmark = pytest.mark.rung_c
@@ -274,3 +275,53 @@ def test_what_does_not_fit_on_one_rank_is_said_on_all(ranks: RankPool, stage: in
     assert all("another rank got a value of a shape that does not fit" in text for text in second[:4])
     assert first[4] == second[4]
     assert first[4].startswith("norm.weight: given data of another shape within gathered() on some rank")
+
+
+def test_what_is_away_is_neither_stepped_nor_saved_nor_read() -> None:
+    model = torch.nn.Linear(2, 2)
+    sharded = ds_zero.shard(model, torch.optim.Adam)
+    model(torch.ones(1, 2)).sum().backward()
+    sharded.parking.away = True  # on a CPU nothing is ever moved
+    for action in (
+        sharded.step,
+        sharded.grad_norm,
+        sharded.state,
+        lambda: sharded.load_state(None),
+        lambda: sharded.access.full_param("weight"),
+        lambda: list(sharded.access.stream()),
+        lambda: sharded.access.gathered("weight").__enter__(),
+        sharded.parking.offload_states,
+    ):
+        with pytest.raises(RuntimeError, match=r"in host memory: call parking.reload_states\(\) first"):
+            action()
+    sharded.parking.reload_states()
+    sharded.step()
+
+
+def whole_moved(rank: Rank, parks: bool) -> tuple[Any, bool]:
+    """Park what an optimizer of whole tensors keeps: copies of parameters, lists of factors."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(12, 7), torch.nn.Linear(7, 5), torch.nn.Linear(5, 3))
+    config = ds_zero.ZeroConfig(stage=2, host_memory=False)
+    sharded = ds_zero.shard(model, Shampoo, config=config, group=rank.group)
+    gone = True
+    for _ in range(2):
+        model(torch.ones(2, 12)).square().sum().backward()
+        sharded.step()
+        if parks:
+            tensors = [each for of_kind in states_of(sharded._flats, sharded.optimizer).values() for each in of_kind]
+            storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in tensors}
+            parked = [park(storage) for storage in storages.values() if storage.nbytes()]
+            kept = [param for group in sharded.optimizer.param_groups for param in group["params"]]
+            kept += [factor for entry in sharded.optimizer.state.values() for factor in entry["factors"]]
+            gone = gone and len(kept) > 0 and all(not tensor.untyped_storage().nbytes() for tensor in kept)
+            for one in parked:
+                unpark(one)
+    return exported(sharded), gone
+
+
+def test_state_of_whole_tensors_is_parked_too(ranks: RankPool) -> None:
+    results = ranks.run(whole_moved, True, size=2)
+    assert all(gone for _, gone in results)
+    want = assembled(pieces for pieces, _ in ranks.run(whole_moved, False, size=2))
+    assert_same_bits(assembled(pieces for pieces, _ in results), want)

@@ -37,6 +37,15 @@ class _Place(NamedTuple):
     slot: Slot
 
 
+class Calls(NamedTuple):
+    """What access asks and tells the partitioned model."""
+
+    check: Callable[[], None]  # raises if state cannot be read and written now
+    num_micro_batches: Callable[[], int]  # backward passes that the gradient sums hold
+    changed: Callable[[], None]  # is told that parameters or gradients have been changed
+    renewed: Callable[[], None]  # is told on all ranks that masters have been changed
+
+
 class Access:
     """See [Note: Access]. Found at ``sharded.access``.
 
@@ -46,9 +55,7 @@ class Access:
         optimizer: Over the shards.
         residency: Brings sharded units in.
         shared: What the flats share.
-        num_micro_batches: Says how many backward passes the gradient sums hold.
-        changed: Is told that gradients, or without that parameters, have been changed.
-        renewed: Is told on all ranks that masters have been changed.
+        calls: What is asked and told.
 
     Example:
         >>> model = torch.nn.Linear(2, 1)
@@ -67,16 +74,12 @@ class Access:
         *,
         residency: Residency,
         shared: Resources,
-        num_micro_batches: Callable[[], int],
-        changed: Callable[[], None],
-        renewed: Callable[[], None],
+        calls: Calls,
     ) -> None:
         self._optimizer = optimizer
         self.comm = shared.mesh.everyone
         self._spread = shared.mesh.between(Placement.SHARD, shared.placements.state)
-        self._num_micro_batches = num_micro_batches
-        self._changed = changed
-        self._renewed = renewed
+        self._check, self._num_micro_batches, self._changed, self._renewed = calls
         self._model = model
         self._names = dict(model.named_parameters(remove_duplicate=False))
         self._units = units
@@ -249,6 +252,7 @@ class Access:
     # Helpers #
 
     def _place(self, param: Param) -> _Place:
+        self._check()
         if isinstance(param, str):
             if param not in self._names:
                 near = [name for name in self._names if name.endswith(param.rpartition(".")[2])]

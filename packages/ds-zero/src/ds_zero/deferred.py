@@ -59,7 +59,8 @@ def deferred() -> Iterator[None]:
     buffers, views, ``.data``, conversion with ``half()`` or ``to()``, seeds. Sharding then computes one tensor after
     the other, on every rank, and keeps the rank's part: the same bits as without the block, and at no time more memory
     than the shards, and the largest tensor with what it is computed from. Time: random values that are kept are drawn
-    twice.
+    twice. A subclass of ``nn.Parameter`` without its own ``__new__`` becomes an ordinary parameter; torch refuses one
+    that makes its tensor itself, with a RuntimeError: build those modules outside the block.
 
     Raises:
         NotImplementedError: An operation cannot be recorded; the text names it.

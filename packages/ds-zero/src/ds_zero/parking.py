@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 if TYPE_CHECKING:
     from .flat import Flat
@@ -22,13 +23,18 @@ KINDS = ("params", "masters", "optimizer", "gradients")
 
 
 def states_of(flats: Iterable[Flat], optimizer: torch.optim.Optimizer | None) -> dict[str, list[Tensor]]:
-    """Return the tensors of each of :data:`KINDS`."""
+    """Return the tensors of each of :data:`KINDS`.
+
+    What an optimizer steps counts as masters: most are views of them, whole tensors of which a rank's shard has but a
+    part are copies.
+    """
     flats = list(flats)
-    held = [] if optimizer is None else optimizer.state.values()
+    groups: list[dict[str, Any]] = [] if optimizer is None else optimizer.param_groups
+    held = [] if optimizer is None else pytree.tree_leaves(list(optimizer.state.values()))
     return {
         "params": [flat.kept for flat in flats],
-        "masters": [flat.master for flat in flats],
-        "optimizer": [value for entry in held for value in entry.values() if isinstance(value, Tensor)],
+        "masters": [*(flat.master for flat in flats), *(param for group in groups for param in group["params"])],
+        "optimizer": [value for value in held if isinstance(value, Tensor)],
         "gradients": [tensor for flat in flats if flat.gradient is not None for tensor in flat.gradient.tensors()],
     }
 
@@ -69,7 +75,7 @@ class Parking:
     """See [Note: Parking]. Found at ``sharded.parking``.
 
     Args:
-        module: The partitioned model; it refuses to run while its parameters are away.
+        module: The partitioned model; it refuses to run while any state is away.
         tensors: Returns the tensors of each kind; called when they are to be moved.
         release: Gives back what is held besides: whole parameters and pooled memory.
     """
@@ -81,6 +87,7 @@ class Parking:
         self._tensors = tensors
         self._release = release
         self._parked: list[Parked] = []
+        self.away = False  # whether any state is in host memory
         self._guards: list[Any] = []
 
     def offload_states(self, include: Iterable[str] = KINDS) -> dict[str, int]:
@@ -103,8 +110,7 @@ class Parking:
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:
             raise ValueError(f"there are no states {', '.join(map(repr, unknown))}; there are {', '.join(KINDS)}")
-        if self._parked:
-            raise RuntimeError("states are in host memory already: call reload_states() first")
+        self.check()
         self._release()
         tensors = self._tensors()
         freed = {kind: self._move(tensors[kind]) for kind in kinds}
@@ -118,10 +124,16 @@ class Parking:
             unpark(parked)
         nbytes = sum(parked.host.numel() for parked in self._parked)
         self._parked.clear()
+        self.away = False
         for guard in self._guards:
             guard.remove()
         self._guards.clear()
         return nbytes
+
+    def check(self, *_call: object) -> None:
+        """Raise if any state is in host memory."""
+        if self.away:
+            raise RuntimeError("states of this model are in host memory: call parking.reload_states() first")
 
     def _move(self, tensors: Iterable[Tensor]) -> int:
         moved = 0
@@ -129,14 +141,11 @@ class Parking:
             storage = tensor.untyped_storage()
             if storage.device.type != "cpu" and storage.nbytes():
                 if not self._parked:
-                    self._guards.append(self._module.register_forward_pre_hook(_refuse, prepend=True))
+                    self._guards.append(self._module.register_forward_pre_hook(self.check, prepend=True))
                 self._parked.append(park(storage))
+                self.away = True
                 moved += self._parked[-1].host.numel()
         return moved
-
-
-def _refuse(_module: nn.Module, _args: Any) -> None:
-    raise RuntimeError("states of this model are in host memory: call reload_states() before the forward pass")
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from . import state, whole_state
-from .access import Access
+from .access import Access, Calls
 from .blocks import Blocks
 from .outside import OutsideReads
 from .parking import Parking, states_of
@@ -87,17 +87,15 @@ class Sharded:
         self._norm_batches = _norm_batches(self._trained, shared.mesh.everyone.size)
         self._blocks = Blocks(units)
         self._norm: GradNorm | None = None  # of the gradients as they stand
+        self.parking = Parking(module, lambda: states_of(self._flats, self.optimizer), self._release)
         self.access = Access(
             module,
             units,
             optimizer,
             residency=self._residency,
             shared=shared,
-            num_micro_batches=lambda: self.micro_batches,
-            changed=self._forget_derived,
-            renewed=whole.refresh,
+            calls=Calls(self.parking.check, lambda: self.micro_batches, self._forget_derived, whole.refresh),
         )
-        self.parking = Parking(module, lambda: states_of(self._flats, self.optimizer), self._release)
         self._reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, self._reads)
         hooks.guard(module)
@@ -233,6 +231,7 @@ class Sharded:
 
     def state(self) -> state.PartState:
         """Return live views of all state; see [Note: Pieces]."""
+        self.parking.check()
         buffers = state.persistent_buffers(self.module)
         pieces = [piece for flat in self._flats for piece in state.param_pieces(flat)]
         pieces += state.buffer_pieces(buffers, self._shared.mesh.everyone.rank)
@@ -262,6 +261,7 @@ class Sharded:
         Raises:
             ValueError: A tensor is missing or has another shape, or the optimizer is another one.
         """
+        self.parking.check()
         with_optimizer = self.optimizer if optimizer else None
         saved = cast("Mapping[str, Any]", source.scalars.get("optimizer") or {})
         buffers = state.persistent_buffers(self.module)
@@ -307,6 +307,8 @@ class Sharded:
     # Helpers #
 
     def _mean(self) -> float:
+        if self.parking.away:
+            self.parking.check()
         if not self._trained:
             raise RuntimeError(
                 "no parameter of this model is trained: it was sharded without an optimizer, or none of the parameters "

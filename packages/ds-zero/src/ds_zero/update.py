@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 def torch_update(
     optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float
 ) -> Iterator[int]:
-    """Run one step of any elementwise ``torch.optim`` optimizer: scale, step, refresh the copies.
+    """Run one step of any optimizer over what it was made for: scale the gradients, step, refresh the copies.
 
-    Costs three passes over memory where a fused kernel needs one. Yields the index of every unit at the end,
-    since ``optimizer.step()`` does not say what it has finished.
+    Its parameters are shards, parts of tensors or whole tensors, as its groups declare (see
+    :class:`ds_zero.kinds.UpdateKind`). Costs three passes over memory where a fused kernel needs one. Yields the index
+    of every unit at the end, since ``optimizer.step()`` does not say what it has finished.
     """
     updates = [update for unit in units for update in unit]
     for update in updates:
