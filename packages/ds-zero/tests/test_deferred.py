@@ -275,6 +275,11 @@ def differing(rank: Rank, what: str, **nodes: int) -> str:
         model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4, bias=what != "bias" or rank.rank != 2))
         if what == "constant":
             nn.init.constant_(model[1].weight, 1.0 if rank.rank == 1 else 0.0)
+    if what == "data":  # 1.4 MB of it, made outside
+        data = torch.full((600, 600), float(rank.rank == 3))
+        with ds_zero.deferred():
+            model = nn.Sequential(nn.Linear(600, 600))
+            model[0].weight.data.copy_(data)
     with pytest.raises(ValueError) as error:
         ds_zero.shard(model, None, config=ds_zero.ZeroConfig(stage=3, **nodes), group=rank.group)
     return str(error.value)
@@ -290,6 +295,7 @@ def test_ranks_that_build_different_models_are_named(ranks: RankPool) -> None:
     assert "ranks [1] differ from rank 0's in '1.weight'." in ranks.run(differing, "constant")[3]
     by_node = partial(differing, mics_shard_size=2)  # where shards stand in another order
     assert "ranks [1] differ from rank 0's in '1.weight'." in ranks.run(by_node, "constant")[3]
+    assert "ranks [3] differ from rank 0's in '0.weight'" in ranks.run(differing, "data")[1]
     assert (
         "ranks [2] differ from rank 0's in their numbers of parameters and buffers: 4, 4, 3, 4"
         in (ranks.run(differing, "bias")[0])
