@@ -5,8 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from .processes import RankPool
+
+
+def pytest_configure() -> None:
+    """Let examples take their time: on a shared machine a deadline fails without a reason."""
+    settings.register_profile("ds", deadline=None)
+    settings.load_profile("ds")
 
 
 @pytest.fixture(scope="session")
