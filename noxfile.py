@@ -79,7 +79,9 @@ def vendor(session: nox.Session, wheel: str) -> None:
     )
     shutil.copytree(installed.strip(), home / package)
     shutil.copytree(ROOT / "packages" / wheel / "tests", tree / "tests")
-    for path in (tree / "tests").rglob("*.py"):
+    # the testkit, too, speaks of the wheel by its name; this copy comes before the installed one
+    shutil.copytree(ROOT / "tests-integration" / "testkit" / "src" / "ds_testkit", tree / "ds_testkit")
+    for path in (*(tree / "tests").rglob("*.py"), *(tree / "ds_testkit").rglob("*.py")):
         path.write_text(re.sub(rf"\b{package}\b", f"host_app._vendor.{package}", path.read_text()))
     shutil.copy(ROOT / "pyproject.toml", tree)  # settings of pytest
     session.run("pip", "uninstall", "--yes", "--quiet", wheel)
