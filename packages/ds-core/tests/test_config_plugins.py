@@ -186,7 +186,7 @@ def test_an_unknown_optimizer_lists_plugins_and_torchs_classes():
     with pytest.raises(ValueError) as caught:
         parsed(Plugins(Lion=FakePlugin(None)), optimizer={"type": "Lyon"})
     assert str(caught.value).startswith("optimizer.type = 'Lyon' is neither an installed plugin (Lion) nor")
-    assert str(caught.value).endswith("SGD, Adafactor, Muon; did you mean 'Lion'?")
+    assert str(caught.value).endswith("RMSprop, Rprop, SGD; did you mean 'Lion'?")
 
 
 # The schedule #

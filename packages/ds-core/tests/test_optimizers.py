@@ -2,11 +2,8 @@
 
 import pytest
 import torch
-from ds_core import optimizers
 from ds_core.optimizers import (
-    ELEMENTWISE,
     REFUSED,
-    WHOLE_TENSOR,
     ClientMaker,
     TorchMaker,
     canonical_name,
@@ -15,6 +12,11 @@ from ds_core.optimizers import (
 from ds_core.protocols import BuildContext
 
 CONTEXT = BuildContext(device=torch.device("cpu"))
+KINDS = [
+    kind
+    for name, kind in sorted(vars(torch.optim).items())
+    if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and name not in {"Optimizer", *REFUSED}
+]
 
 
 def shards(*sizes):
@@ -34,31 +36,18 @@ def take_steps(optimizer, params, num_steps=3):
 # By name #
 
 
-@pytest.mark.parametrize("kind", ELEMENTWISE, ids=lambda kind: kind.__name__)
+@pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("spell", [str, str.lower, str.upper], ids=["as is", "lower", "upper"])
 def test_torchs_classes_are_found_in_any_case_and_made_as_torch_does(kind, spell):
     params = {"lr": 0.05, "torch_adam": True} if kind.__name__ in ("Adam", "AdamW") else {"lr": 0.05}
     if kind is torch.optim.Adam:
         params["adam_w_mode"] = False
     made = torch_optimizer(spell(kind.__name__), params).build(None, CONTEXT)
-    ours, theirs = shards(7, 1), shards(7, 1)
+    sizes = [(7, 2), (1, 1)]  # torch's Muon takes matrices only
+    ours, theirs = shards(*sizes), shards(*sizes)
     got = take_steps(made.make([{"params": ours}]), ours)
     expected = take_steps(kind(theirs, lr=0.05), theirs)
     assert all(map(torch.equal, got, expected))
-
-
-def test_every_declared_class_is_elementwise():
-    for kind in ELEMENTWISE:
-        whole, parts = shards(9), shards(9)
-        halves = [torch.nn.Parameter(each.clone()) for each in parts[0].detach().split([4, 5])]
-        expected = take_steps(kind(whole, lr=0.05), whole)[0]
-        generator = torch.Generator().manual_seed(1)
-        optimizer = kind(halves, lr=0.05)
-        for _ in range(3):
-            grad = torch.randn(9, generator=generator)
-            halves[0].grad, halves[1].grad = grad[:4].clone(), grad[4:].clone()
-            optimizer.step()
-        assert torch.equal(torch.cat([half.detach() for half in halves]), expected), kind
 
 
 def test_names_of_others_are_left_alone():
@@ -105,7 +94,7 @@ def test_adam_is_read_as_deepspeed_does(name, params, kind, settings):
         ("AdamW", {"fp32_optimizer_states": False}, r"fp32_optimizer_states = False"),
         ("Adammm", {}, r"optimizer.type = 'Adammm' is neither an installed plugin \(Lion\) nor .*did you mean 'Adam"),
         *(
-            (name, {}, rf"optimizer.type = '{name}' cannot be used, because it .*use one of: Adadelta")
+            (name, {}, rf"optimizer.type = '{name}' cannot be used, because it .*use one of: .*Adadelta")
             for name in REFUSED
         ),
     ],
@@ -171,7 +160,7 @@ def test_another_number_of_groups_is_refused():
 
 
 def test_what_cannot_run_on_shards_is_refused():
-    with pytest.raises(ValueError, match=r"is a LBFGS, which evaluates the loss several times.*one of: Adadelta"):
+    with pytest.raises(ValueError, match=r"is a LBFGS, which evaluates the loss several times.*one of: .*Adadelta"):
         ClientMaker(torch.optim.LBFGS(shards(2)))
 
 
@@ -182,20 +171,3 @@ class Mine(torch.optim.SGD):
 def test_an_unknown_class_needs_no_permission():
     optimizer = Mine(shards(2), lr=0.1)
     assert ClientMaker(optimizer).make([{"params": shards(2)}]) is optimizer
-
-
-@pytest.mark.parametrize("name", WHOLE_TENSOR)
-def test_torchs_classes_for_whole_tensors_are_found(name):
-    made = torch_optimizer(name.lower(), {"lr": 0.05}).build(None, CONTEXT)
-    assert type(made.make([{"params": [torch.zeros(2, 2)]}])) is vars(torch.optim)[name]
-
-
-def test_the_lists_are_disjoint_and_cover_torch():
-    torchs = {
-        name
-        for name, kind in vars(torch.optim).items()
-        if isinstance(kind, type) and issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer
-    }
-    declared = {kind.__name__ for kind in optimizers.ELEMENTWISE}
-    assert len(declared) + len(WHOLE_TENSOR) + len(REFUSED) == len(declared | {*WHOLE_TENSOR, *REFUSED})
-    assert torchs <= declared | {*WHOLE_TENSOR, *REFUSED}

@@ -23,18 +23,11 @@ from ._log import logger
 from .activations import Checkpointer
 from .data import Dealing, TrainLoader
 from .engine import Engine
+from .kernel_protocols import KernelBackend
 from .optimizers import ClientMaker
 from .policy import StepPolicy
 from .process_group import join_group, local_device, message_device
-from .protocols import (
-    BuildContext,
-    Collectives,
-    KernelBackend,
-    LearningRateSchedule,
-    OptimizerMaker,
-    ParamGroups,
-    Partitioner,
-)
+from .protocols import BuildContext, Collectives, LearningRateSchedule, OptimizerMaker, ParamGroups, Partitioner
 from .saving import Vault
 from .schedules import Scheduler
 

@@ -20,27 +20,9 @@ if TYPE_CHECKING:
 
 OptimizerType: TypeAlias = Callable[..., torch.optim.Optimizer]
 
-ELEMENTWISE = (
-    torch.optim.Adadelta,
-    torch.optim.Adagrad,
-    torch.optim.Adam,
-    torch.optim.AdamW,
-    torch.optim.Adamax,
-    torch.optim.ASGD,
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    torch.optim.RMSprop,
-    torch.optim.Rprop,
-    torch.optim.SGD,
-)
-"""Classes that treat each element on its own."""
-
-WHOLE_TENSOR = ("Adafactor", "Muon")
-"""Classes of ``torch.optim`` that need whole tensors."""
-
 REFUSED: Mapping[str, str] = {
     "LBFGS": "evaluates the loss several times in one step",
-    "SparseAdam": "takes sparse gradients, and gradients of partitioned parameters are dense",
+    "SparseAdam": "takes sparse gradients, and gradients are dense buffers here",
 }
 """Classes of ``torch.optim`` that cannot be used, each with the reason."""
 
@@ -93,7 +75,7 @@ def canonical_name(name: str) -> str:
         >>> canonical_name("adamw"), canonical_name("Shampoo")
         ('AdamW', 'Shampoo')
     """
-    known = (*(kind.__name__ for kind in ELEMENTWISE), *WHOLE_TENSOR, *REFUSED, *PLUGIN_NAMES)
+    known = (*_torch_classes(), *REFUSED, *PLUGIN_NAMES)
     return {each.casefold(): each for each in known}.get(name.casefold(), name)
 
 
@@ -115,7 +97,7 @@ def torch_optimizer(name: str, params: Mapping[str, Json], plugins: Iterable[str
         ValueError: If there is no such class, it cannot be used, or it refuses a setting.
     """
     name = canonical_name(name)
-    kinds: dict[str, OptimizerType] = {kind.__name__: kind for kind in (*ELEMENTWISE, *_classes(WHOLE_TENSOR))}
+    kinds = _torch_classes()
     if name in REFUSED:
         raise ValueError(
             f"optimizer.type = {name!r} cannot be used, because it {REFUSED[name]}; use one of: {', '.join(kinds)}"
@@ -213,7 +195,7 @@ class ClientMaker:
             if isinstance(optimizer, vars(torch.optim)[name]):
                 raise ValueError(
                     f"the optimizer passed in is a {type(optimizer).__qualname__}, which {REFUSED[name]}; use another "
-                    f"one, for example one of: {', '.join(each.__name__ for each in ELEMENTWISE)}"
+                    f"one, for example one of: {', '.join(_torch_classes())}"
                 )
         if optimizer.state:
             raise ValueError(
@@ -240,6 +222,11 @@ class ClientMaker:
         return self._optimizer
 
 
-def _classes(names: Iterable[str]) -> list[type[torch.optim.Optimizer]]:
-    # Not all releases of torch have all of them.
-    return [vars(torch.optim)[name] for name in names if name in vars(torch.optim)]
+def _torch_classes() -> dict[str, OptimizerType]:
+    """Return the classes of ``torch.optim`` that can be used, by name."""
+    found = ((name, kind) for name, kind in sorted(vars(torch.optim).items()) if inspect.isclass(kind))
+    return {
+        name: kind
+        for name, kind in found
+        if issubclass(kind, torch.optim.Optimizer) and kind is not torch.optim.Optimizer and name not in REFUSED
+    }

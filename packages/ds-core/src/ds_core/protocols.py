@@ -3,7 +3,8 @@
 [Note: Roles]
 A wheel other than ds-core imports this file under ``TYPE_CHECKING`` only; at run time it gets its collaborators
 as arguments and has a plain torch default for each. So every role is structural (:class:`typing.Protocol`):
-a class fits by having the right methods, not by inheriting. Calls go down, news comes up as return values.
+a class fits by having the right methods, not by inheriting. Calls go down, news comes up as return values. The roles of
+kernels stand in ``kernel_protocols``.
 
 [Note: Plugins]
 An entry point in one of the groups of :data:`GROUPS` names a *plugin object*: ``role_version`` (compared with
@@ -19,6 +20,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from .kernel_protocols import KernelBackend
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
 """What may stand in a manifest or a scalar state: JSON values, so no pickle is ever needed."""
@@ -336,78 +339,6 @@ class LearningRateSchedule(Protocol):
 
     def load_state_dict(self, state: Any, /) -> None:
         """Replace the state."""
-
-
-# Kernels #
-
-
-class ShardKernels(Protocol):
-    """The two kernels a partitioner profits from."""
-
-    def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
-        """Sum same-length 1D ``pieces`` in float32 along a binary tree over their order, into ``out``."""
-
-    def chunk_sumsq(self, x: Tensor, chunk: int) -> Tensor:
-        """Float64 sums of squares of the ``len(x) / chunk`` consecutive chunks of 1D ``x``."""
-
-
-class KernelBackend(ShardKernels, Protocol):
-    """One implementation of all kernels."""
-
-    @property
-    def name(self) -> str:
-        """As in the entry point."""
-
-    def unusable(self) -> str | None:
-        """Why this backend cannot run here, in one line; None when it can."""
-
-    def adamw(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        copy: Tensor | None,
-        hyper: AdamHyper,
-    ) -> None:
-        """One Adam or AdamW step, in place, in one pass over memory."""
-
-
-class AdamHyper(Protocol):
-    """Numbers of one Adam step."""
-
-    @property
-    def step(self) -> int:
-        """Index of this step, from 1."""
-
-    @property
-    def lr(self) -> float:
-        """Learning rate."""
-
-    @property
-    def beta1(self) -> float:
-        """Decay of the first moment."""
-
-    @property
-    def beta2(self) -> float:
-        """Decay of the second moment."""
-
-    @property
-    def eps(self) -> float:
-        """Added to the root of the second moment."""
-
-    @property
-    def weight_decay(self) -> float:
-        """Weight decay."""
-
-    @property
-    def decoupled(self) -> bool:
-        """True: AdamW's decay of the parameter; False: Adam's, added to the gradient."""
-
-    @property
-    def scale(self) -> float:
-        """Factor on the gradient: mean, loss scale and clipping in one number."""
 
 
 # Pipelines and monitors #

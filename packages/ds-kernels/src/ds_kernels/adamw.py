@@ -14,7 +14,8 @@ from .config import AdamConfig, check_hyperparameters
 from .registry import registry
 
 if TYPE_CHECKING:
-    from ds_core.protocols import KernelBackend, ParamGroups, ShardUpdate
+    from ds_core.kernel_protocols import KernelBackend
+    from ds_core.protocols import ParamGroups, ShardUpdate
 
 # With it, 1 - beta**step is exactly 1 for every beta below 1 that float64 holds: no bias correction.
 _UNCORRECTED_STEP = 2**62

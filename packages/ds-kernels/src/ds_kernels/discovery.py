@@ -11,7 +11,7 @@ import torch
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
 
-    from ds_core.protocols import KernelBackend
+    from ds_core.kernel_protocols import KernelBackend
 
 GROUP = "ds.kernels"
 """Entry-point group in which distributions offer kernel backends."""

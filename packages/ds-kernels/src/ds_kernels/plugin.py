@@ -13,7 +13,8 @@ from .backends.reference import ReferenceBackend
 from .config import AdamConfig
 
 if TYPE_CHECKING:
-    from ds_core.protocols import BuildContext, KernelBackend, OptimizerMaker, Plugin
+    from ds_core.kernel_protocols import KernelBackend
+    from ds_core.protocols import BuildContext, OptimizerMaker, Plugin
 
 _logger = logging.getLogger(__package__)
 

@@ -16,7 +16,7 @@ from .backends.reference import ReferenceBackend
 from .discovery import load, offers
 
 if TYPE_CHECKING:
-    from ds_core.protocols import KernelBackend
+    from ds_core.kernel_protocols import KernelBackend
 
 _BUILT_IN: Mapping[str, Callable[[], KernelBackend]] = MappingProxyType(
     {"cpu": CpuBackend, "reference": ReferenceBackend}

@@ -24,7 +24,8 @@ from .sharded import Sharded
 from .update import torch_update
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Collectives, ParamGroups, ShardKernels, UpdateRule
+    from ds_core.kernel_protocols import ShardKernels
+    from ds_core.protocols import Collectives, ParamGroups, UpdateRule
 
 logger = logging.getLogger(__package__)
 

@@ -19,6 +19,7 @@ size`` of the input, in the input's data type.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
@@ -26,11 +27,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .host import HostCollectives
+from .host import ROWS, HostCollectives
 from .links import connect
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Collectives, ShardKernels
+    from ds_core.kernel_protocols import ShardKernels
+    from ds_core.protocols import Collectives
 
 
 class Pending:
@@ -55,7 +57,6 @@ DONE = Pending(())
 """Nothing to wait for."""
 
 _CONNECT_SECONDS = 60.0
-_ROWS = 1 << 20  # key of gather_rows, apart from those of buffers
 _MAX_PIECES = 32  # slices that a kernel adds at once; more are added row by row first
 
 
@@ -98,7 +99,7 @@ class LocalCollectives:
         """Keep ``tensor``."""
 
 
-class _Grouped:
+class _Grouped(ABC):
     """What the collectives of a real group share."""
 
     def __init__(self, group: dist.ProcessGroup, kernels: ShardKernels, members: Sequence[int] | None = None) -> None:
@@ -112,6 +113,16 @@ class _Grouped:
     def allocate(self, numel: int, like: Tensor) -> Tensor:
         """Return 1D memory of ``like``'s data type and device; arbitrary contents."""
         return like.new_empty(numel, requires_grad=False)
+
+    @abstractmethod
+    def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
+        """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
+
+    def gather_rows(self, row: Tensor) -> Tensor:
+        """Return ``[size, n]``: every rank's ``row``."""
+        rows = row.new_empty(self.size, row.numel())
+        self.all_gather(rows.view(-1), row, key=ROWS).wait()
+        return rows
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
@@ -171,12 +182,6 @@ class PeerCollectives(_Grouped):
         _place(incoming[self.rank], outgoing[self.rank])
         return Pending(works)
 
-    def gather_rows(self, row: Tensor) -> Tensor:
-        """Return ``[size, n]``: every rank's ``row``."""
-        rows = row.new_empty(self.size, row.numel())
-        self.all_gather(rows.view(-1), row, key=_ROWS).wait()
-        return rows
-
     def _messages(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int) -> list[dist.Work | None]:
         works: list[dist.Work | None] = []
         for distance in range(1, self.size):
@@ -210,12 +215,6 @@ class DenseCollectives(_Grouped):
         """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
         del key  # these backends match calls by their order
         return Pending((self._all_gather(out, shard, group=self._group, async_op=True),))
-
-    def gather_rows(self, row: Tensor) -> Tensor:
-        """Return ``[size, n]``: every rank's ``row``."""
-        rows = row.new_empty(self.size, row.numel())
-        self.all_gather(rows.view(-1), row, key=_ROWS).wait()
-        return rows
 
     def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Pending:
         """Sum slice ``rank`` of every rank's ``full`` into ``out``; see [Note: Ordered reduce-scatter]."""

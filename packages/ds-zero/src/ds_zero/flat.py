@@ -32,7 +32,8 @@ from .mesh import Mesh
 from .placement import Placement, Placements
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Handle, ShardKernels
+    from ds_core.kernel_protocols import ShardKernels
+    from ds_core.protocols import Handle
 
 
 _NBYTES = torch.UntypedStorage.nbytes

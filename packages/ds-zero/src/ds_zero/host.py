@@ -31,11 +31,13 @@ from torch import Tensor
 from .windows import Memory, Windows, map_window
 
 if TYPE_CHECKING:
-    from ds_core.protocols import ShardKernels
+    from ds_core.kernel_protocols import ShardKernels
 
 _FORMAT = struct.Struct("<qqqqqq")
 _FD = struct.Struct("i")
-_ROWS = 1 << 20  # key of gather_rows, apart from those of buffers
+ROWS = 1 << 20
+"""Key of ``gather_rows``, apart from those of buffers."""
+
 _VERBS = 3  # each buffer's key stands for so many calls: gather, reduce, exchange
 
 
@@ -155,7 +157,7 @@ class HostCollectives:
     def gather_rows(self, row: Tensor) -> Tensor:
         """Return ``[size, n]``: every rank's ``row``."""
         rows = row.new_empty(self.size, row.numel())
-        self.all_gather(rows.view(-1), row, key=_ROWS).wait()
+        self.all_gather(rows.view(-1), row, key=ROWS).wait()
         return rows
 
     def broadcast(self, tensor: Tensor) -> None:

@@ -23,7 +23,8 @@ from .layout import Layout
 from .placement import Placement
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Collectives, Handle, ShardKernels
+    from ds_core.kernel_protocols import ShardKernels
+    from ds_core.protocols import Collectives, Handle
 
     from .config import ZeroConfig
 

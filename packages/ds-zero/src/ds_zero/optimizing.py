@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .units import Unit
 
 
-class StatisticsOptimizer(Protocol):
+class TakesSums(Protocol):
     """What an optimizer has to offer whose groups declare ``statistics``."""
 
     def share_sums(self, sums: SumsOfSquares) -> None:
@@ -101,5 +101,5 @@ def make_over(
     optimizer = make_optimizer([{**entry, "params": own} for entry, own in zip(groups, params, strict=True)])
     counted = [group for group, kind in enumerate(kinds) if kind is UpdateKind.STATISTICS]
     if counted:
-        cast("StatisticsOptimizer", optimizer).share_sums(ShardSums(flats, counted, holders.comm))
+        cast("TakesSums", optimizer).share_sums(ShardSums(flats, counted, holders.comm))
     return Made(optimizer, partial(whole.update, update) if whole.groups else update, whole)

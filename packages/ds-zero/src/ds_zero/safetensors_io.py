@@ -11,7 +11,6 @@ Reference: Hugging Face, "Safetensors: format", https://github.com/huggingface/s
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -23,6 +22,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch import Tensor
+
+from .memory import byte_view
 
 DTYPES = {
     "F64": torch.float64,
@@ -164,13 +165,6 @@ def header(tensors: Sequence[Planned], metadata: Mapping[str, str]) -> bytes:
     text = json.dumps(table, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def byte_view(tensor: Tensor) -> memoryview:
-    """Return the memory of a contiguous CPU tensor; valid as long as the tensor is."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")
 
 
 class SafetensorsWriter:

@@ -10,13 +10,13 @@ tree is added the same way everywhere (:func:`tree_root`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from . import state, whole_state
+from . import model_state, state
 from .access import Access, Calls
 from .blocks import Blocks
 from .outside import OutsideReads
@@ -26,11 +26,11 @@ from .placement import Placement
 from .units import Phase, Residency, Unit
 
 if TYPE_CHECKING:
-    from ds_core.protocols import BlockCall, Json, StateSource, UpdateRule
+    from ds_core.protocols import BlockCall, StateSource, UpdateRule
 
     from .flat import Flat, Resources
     from .gradient import FlatGradient
-    from .state import Piece
+    from .state import PartState, Piece
     from .whole import WholeTensors
 
 
@@ -229,24 +229,10 @@ class Sharded:
 
     # State #
 
-    def state(self) -> state.PartState:
+    def state(self) -> PartState:
         """Return live views of all state; see [Note: Pieces]."""
         self.parking.check()
-        buffers = state.persistent_buffers(self.module)
-        pieces = [piece for flat in self._flats for piece in state.param_pieces(flat)]
-        pieces += state.buffer_pieces(buffers, self._shared.mesh.everyone.rank)
-        scalars: dict[str, Json] = {"aliases": state.aliases(self.module)}
-        if self.optimizer is not None:
-            for flat in self._trained:
-                pieces += state.optimizer_pieces(flat, self.optimizer)
-            pieces += whole_state.pieces(self._whole, self.optimizer)
-            scalars["optimizer"] = {
-                **state.optimizer_scalars(self._trained, self.optimizer),
-                **whole_state.scalars(self._whole, self.optimizer),
-            }
-        shapes = {slot.name: slot.shape for flat in self._flats for slot in flat.layout.slots}
-        shapes |= {name: buffer.shape for name, buffer in buffers.items()}
-        return state.PartState(pieces, shapes, scalars)
+        return model_state.export(self.module, self._flats, self.optimizer, self._whole, self._shared.mesh)
 
     def load_state(self, source: StateSource, *, optimizer: bool = True, strict: bool = True) -> None:
         """Replace parameters and buffers, and with ``optimizer`` its state, by those of ``source``.
@@ -262,27 +248,11 @@ class Sharded:
             ValueError: A tensor is missing or has another shape, or the optimizer is another one.
         """
         self.parking.check()
-        with_optimizer = self.optimizer if optimizer else None
-        saved = cast("Mapping[str, Any]", source.scalars.get("optimizer") or {})
-        buffers = state.persistent_buffers(self.module)
-        if with_optimizer is not None:
-            state.check_optimizer(with_optimizer, saved)
-            whole_state.check(self._whole, saved)
-        trained = self._trained if with_optimizer is not None else []
-        wanted = state.wanted(self._flats, trained, buffers, source)
-        wanted |= whole_state.wanted(trained, saved)
-        known = state.check_tensors(wanted, source, strict=strict)
+        load = model_state.prepare_load(
+            self.module, self._flats, self.optimizer if optimizer else None, self._whole, source, strict=strict
+        )
         self._residency.drop_all()
-        for flat in self._flats:
-            state.load_params(flat, source, known)
-            refresh = flat.load_master()
-            if refresh is not None:
-                refresh.wait()
-        self._whole.refresh()
-        state.load_buffers(buffers, source, known)
-        if with_optimizer is not None:
-            state.load_optimizer(trained, with_optimizer, source, saved, known)
-            whole_state.load(self._whole, with_optimizer, source, saved, known)
+        load()
         self.drop_gradients()
 
     def gradients(self) -> Iterator[Piece]:

@@ -19,7 +19,7 @@ from .flat import Flat, Segment
 if TYPE_CHECKING:
     from ds_core.protocols import Json, StateSource
 
-_PLAIN = (bool, int, float, str, type(None))
+PLAIN = (bool, int, float, str, type(None))
 _MAX_SHOWN = 8  # problems in one message
 
 Key = tuple[str, str]
@@ -209,7 +209,7 @@ def _is_elementwise(value: Any, segment: Segment) -> bool:
 def _encode_counter(key: str, value: Any) -> Json:
     if isinstance(value, Tensor) and value.numel() == 1:
         return {"tensor": str(value.dtype).removeprefix("torch."), "value": value.item()}
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return {"value": value}
     raise NotImplementedError(
         f"optimizer state {key!r} is neither elementwise nor a number: {type(value).__name__}"
@@ -225,8 +225,8 @@ def _decode_counter(saved: Mapping[str, Any]) -> Any:
 
 def _is_plain(value: Any) -> bool:
     if isinstance(value, (tuple, list)):
-        return all(isinstance(item, _PLAIN) for item in value)
-    return isinstance(value, _PLAIN) or (isinstance(value, Tensor) and value.numel() == 1)
+        return all(isinstance(item, PLAIN) for item in value)
+    return isinstance(value, PLAIN) or (isinstance(value, Tensor) and value.numel() == 1)
 
 
 def _plain(value: Any) -> Any:

@@ -14,7 +14,6 @@ and in any order, to the same bits.
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
 from collections import Counter
 from collections.abc import Sequence
@@ -24,6 +23,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
+
+from .memory import byte_view
 
 _KEPT_BYTES = 1 << 20
 """Tensors with data that a recorded operation reads are copied up to this size; larger ones are only watched."""
@@ -83,7 +84,7 @@ class Constant:
         self._tensor = tensor.detach().clone() if small else tensor  # a detached one would count versions by itself
         self._version = self._tensor._version
         # all of it, whatever the size: parameters would be put together from what differs between ranks
-        content = hashlib.blake2b(_memory(self._tensor.cpu().contiguous())).digest()
+        content = hashlib.blake2b(byte_view(self._tensor.cpu().contiguous())).digest()
         self.identity = repr((tuple(tensor.shape), tensor.dtype, content))
 
     def value(self) -> Tensor:
@@ -166,7 +167,7 @@ class Node:
         for argument in self.arguments:
             state.update(_identity(argument))
         if self.draw is not None:
-            state.update(_memory(self.draw.state))
+            state.update(byte_view(self.draw.state))
         return state.digest()
 
 
@@ -288,10 +289,3 @@ def _identity(argument: object) -> bytes:
     if isinstance(argument, torch.device):
         return argument.type.encode()  # its index differs from rank to rank
     return b"generator" if isinstance(argument, torch.Generator) else repr(argument).encode()
-
-
-def _memory(tensor: Tensor) -> memoryview:
-    """Return the bytes of a contiguous CPU tensor; valid as long as the tensor is."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    return memoryview((ctypes.c_ubyte * tensor.nbytes).from_address(tensor.data_ptr())).cast("B")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .state import Piece
+from .state import PLAIN, Piece
 
 if TYPE_CHECKING:
     from ds_core.protocols import Json, StateSource
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
     from .flat import Flat
     from .state import Key
     from .whole import Stepped, WholeTensors
-
-_PLAIN = (bool, int, float, str, type(None))
 
 
 # Export #
@@ -121,7 +119,7 @@ def _encoded(value: Any, path: str) -> Json:
         if value.dim() == 0:
             return {"number": value.item(), "dtype": dtype}
         return {"shape": list(value.shape), "dtype": dtype}
-    if isinstance(value, _PLAIN):
+    if isinstance(value, PLAIN):
         return {"value": value}
     if isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
         return {"dict": {key: _encoded(item, _below(path, key)) for key, item in value.items()}}

@@ -100,7 +100,8 @@ def _unusable(plugin: Plugin) -> str | None:
     """Return why a kernel backend cannot run on this machine's CPU; it is the one role that can say so."""
     import torch
 
-    from ..protocols import BuildContext, KernelBackend
+    from ..kernel_protocols import KernelBackend
+    from ..protocols import BuildContext
 
     try:
         settings = plugin.config_type() if plugin.config_type else None

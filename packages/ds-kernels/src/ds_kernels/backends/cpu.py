@@ -14,7 +14,7 @@ from torch import Tensor
 from .checks import check_adam, check_chunk_sumsq, check_tree_sum
 
 if TYPE_CHECKING:
-    from ds_core.protocols import AdamHyper
+    from ds_core.kernel_protocols import AdamHyper
 
     from .._native import Kernels
 

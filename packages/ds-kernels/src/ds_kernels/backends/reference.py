@@ -12,7 +12,7 @@ from torch import Tensor
 from .checks import SQUARE_BLOCK, check_adam, check_chunk_sumsq, check_tree_sum
 
 if TYPE_CHECKING:
-    from ds_core.protocols import AdamHyper
+    from ds_core.kernel_protocols import AdamHyper
 
 
 @dataclass(frozen=True, slots=True)

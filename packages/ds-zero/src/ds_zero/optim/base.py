@@ -65,6 +65,11 @@ class StatisticsOptimizer(PlainOptimizer):
         self._sums: SumsOfSquares = local_sums
         super().__init__(params, {**defaults, "update_kind": "statistics"})
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as in ``torch.optim``."""
+        check_settings({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
     def share_sums(self, sums: SumsOfSquares) -> None:
         """Take the sums from ``sums`` from now on: parameters are parts of tensors."""
         self._sums = sums

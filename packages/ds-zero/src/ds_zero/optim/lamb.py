@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch.optim.optimizer import ParamsT
 
-from .base import StatisticsOptimizer, Work, adam_direction, check_settings
+from .base import StatisticsOptimizer, Work, adam_direction
 
 
 class Lamb(StatisticsOptimizer):
@@ -70,11 +68,6 @@ class Lamb(StatisticsOptimizer):
             "adaptive": adaptive,
         }
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in ``torch.optim``."""
-        check_settings({**self.defaults, **param_group})
-        super().add_param_group(param_group)
 
     def update(self, work: list[Work]) -> None:
         """Step the parameters."""

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch.optim.optimizer import ParamsT
 
-from .base import StatisticsOptimizer, Work, check_settings
+from .base import StatisticsOptimizer, Work
 
 
 class Lars(StatisticsOptimizer):
@@ -62,11 +60,6 @@ class Lars(StatisticsOptimizer):
             "adaptive": adaptive,
         }
         super().__init__(params, defaults)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in ``torch.optim``."""
-        check_settings({**self.defaults, **param_group})
-        super().add_param_group(param_group)
 
     def update(self, work: list[Work]) -> None:
         """Step the parameters."""
