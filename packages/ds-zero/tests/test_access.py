@@ -237,6 +237,18 @@ def test_unknown_states_are_refused() -> None:
     assert parking.reload_states() == 0
 
 
+def test_states_named_twice_are_moved_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    sharded = ds_zero.shard(torch.nn.Linear(2, 2), torch.optim.SGD, precision=ds_zero.Precision(compute=torch.bfloat16))
+    before = sharded.access.full_param("weight")
+    monkeypatch.setattr("ds_zero.parking._is_on_host", lambda storage: False)
+    monkeypatch.setattr(torch.cpu, "empty_cache", lambda: None, raising=False)
+    freed = sharded.parking.offload_states(["masters", "params", "masters"])
+    assert list(freed) == ["masters", "params"]
+    assert freed["masters"] == 2 * freed["params"] > 0
+    assert sharded.parking.reload_states() == sum(freed.values())
+    assert torch.equal(sharded.access.full_param("weight"), before)
+
+
 def misfits(rank: Rank, stage: int) -> tuple[list[str], bool]:
     """Give rank 0 alone values that do not fit."""
     model, sharded = build(rank, Run(stage=stage))
@@ -292,7 +304,7 @@ def test_what_is_away_is_neither_stepped_nor_saved_nor_read() -> None:
         lambda: sharded.access.gathered("weight").__enter__(),
         sharded.parking.offload_states,
     ):
-        with pytest.raises(RuntimeError, match=r"in host memory: call parking.reload_states\(\) first"):
+        with pytest.raises(RuntimeError, match=r"in host memory: call reload_states\(\) first"):
             action()
     sharded.parking.reload_states()
     sharded.step()

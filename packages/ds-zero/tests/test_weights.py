@@ -141,6 +141,47 @@ def test_damaged_files_are_refused(tmp_path: Path) -> None:
         ds_zero.load_safetensors(sharded, index)
 
 
+def computed(rank: Rank, folder: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Save and return weights as the model computes with them; compare them with what it then sees."""
+    model, sharded = build(rank, Run(compute=torch.bfloat16, model={"tied": True}))
+    model.norm.weight.requires_grad_(requires_grad=False)
+    sharded.weights.save(folder)
+    sharded.weights.save(folder, name="part.safetensors", frozen=False)
+    with sharded.access.gathered(model):
+        seen = {name: param.detach().clone() for name, param in model.named_parameters(remove_duplicate=False)}
+    return sharded.weights.state_dict(), seen
+
+
+@pytest.mark.rung_c
+def test_weights_are_those_that_the_model_computes_with(ranks: RankPool, tmp_path: Path) -> None:
+    (held, seen), (nothing, same) = ranks.run(computed, str(tmp_path), size=2)
+    assert nothing == {}
+    assert held.keys() == seen.keys() == same.keys()
+    for name, tensor in held.items():
+        assert tensor.dtype == torch.bfloat16
+        assert torch.equal(tensor, seen[name])
+        assert torch.equal(tensor, same[name])
+    with TensorFiles(tmp_path / "model.safetensors") as whole, TensorFiles(tmp_path / "part.safetensors") as part:
+        assert whole.stored.keys() == seen.keys() - {"head.weight"}
+        assert part.stored.keys() == whole.stored.keys() - {"norm.weight"}
+        for name, stored in whole.stored.items():
+            out = torch.empty(stored.shape.numel(), dtype=stored.dtype)
+            whole.read(name, 0, out)
+            assert torch.equal(out, seen[name].flatten())
+
+
+def test_a_file_is_named_for_what_it_is(tmp_path: Path) -> None:
+    weights = ds_zero.shard(nn.Linear(3, 2), None).weights
+    for name in ("pytorch_model.bin", "inner/model.safetensors"):
+        with pytest.raises(ValueError, match=r"never pickled, to one file within .* ends with .safetensors, got"):
+            weights.save(tmp_path, name=name)
+    weights.save(tmp_path)
+    weights.save(tmp_path, name="other.safetensors")
+    for name in ("model.safetensors", "other.safetensors"):
+        with pytest.raises(ValueError, match=f"holds {name} already"):
+            weights.save(tmp_path, name=name)
+
+
 def disk_full(rank: Rank, folder: str) -> tuple[str, int]:
     _, sharded = build(rank, Run())
     target = Path(folder) / "file"

@@ -46,8 +46,8 @@ class Parked(NamedTuple):
     host: Tensor  # 1D, bytes
 
 
-def park(storage: torch.UntypedStorage) -> Parked:
-    """Move the contents of ``storage`` to the host.
+def park(storage: torch.UntypedStorage, *, pin_memory: bool = True) -> Parked:
+    """Move the contents of ``storage`` to the host; into pinned memory if it comes from a GPU, for speed.
 
     Example:
         >>> tensor = torch.arange(3)
@@ -59,7 +59,8 @@ def park(storage: torch.UntypedStorage) -> Parked:
         tensor([0, 1, 2])
     """
     nbytes = storage.nbytes()
-    host = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=storage.device.type == "cuda")
+    pinned = pin_memory and storage.device.type == "cuda"
+    host = torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=pinned)
     host.copy_(_bytes(storage))
     storage.resize_(0)
     return Parked(storage, host)
@@ -80,6 +81,8 @@ class Parking:
         release: Gives back what is held besides: whole parameters and pooled memory.
     """
 
+    kinds = KINDS
+
     def __init__(
         self, module: nn.Module, tensors: Callable[[], Mapping[str, Iterable[Tensor]]], release: Callable[[], None]
     ) -> None:
@@ -90,14 +93,15 @@ class Parking:
         self.away = False  # whether any state is in host memory
         self._guards: list[Any] = []
 
-    def offload_states(self, include: Iterable[str] = KINDS) -> dict[str, int]:
-        """Move state to host memory, pinned where the device is a GPU, until :meth:`reload_states`.
+    def offload_states(self, include: Iterable[str] = KINDS, *, pin_memory: bool = True) -> dict[str, int]:
+        """Move state to host memory, until :meth:`reload_states`.
 
         Until then the model cannot be run, stepped, saved or read.
 
         Args:
             include: Of :data:`KINDS`. A tensor that is of two kinds (in float32, parameters are their own masters) is
                 moved with the first one named here.
+            pin_memory: Whether the host memory is pinned, for speed, where the device is a GPU.
 
         Returns:
             Bytes that each kind freed on the device: 0 on a CPU, whose memory is the host's, and nothing is moved.
@@ -106,14 +110,14 @@ class Parking:
             ValueError: There is no such kind.
             RuntimeError: State has been moved already.
         """
-        kinds = list(include)
+        kinds = list(dict.fromkeys(include))
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:
             raise ValueError(f"there are no states {', '.join(map(repr, unknown))}; there are {', '.join(KINDS)}")
         self.check()
         self._release()
         tensors = self._tensors()
-        freed = {kind: self._move(tensors[kind]) for kind in kinds}
+        freed = {kind: self._move(tensors[kind], pin_memory=pin_memory) for kind in kinds}
         for device in {parked.storage.device for parked in self._parked}:
             torch.get_device_module(device).empty_cache()
         return freed
@@ -133,19 +137,23 @@ class Parking:
     def check(self, *_call: object) -> None:
         """Raise if any state is in host memory."""
         if self.away:
-            raise RuntimeError("states of this model are in host memory: call parking.reload_states() first")
+            raise RuntimeError("states of this model are in host memory: call reload_states() first")
 
-    def _move(self, tensors: Iterable[Tensor]) -> int:
+    def _move(self, tensors: Iterable[Tensor], *, pin_memory: bool) -> int:
         moved = 0
         for tensor in tensors:
             storage = tensor.untyped_storage()
-            if storage.device.type != "cpu" and storage.nbytes():
+            if not _is_on_host(storage) and storage.nbytes():
                 if not self._parked:
                     self._guards.append(self._module.register_forward_pre_hook(self.check, prepend=True))
-                self._parked.append(park(storage))
+                self._parked.append(park(storage, pin_memory=pin_memory))
                 self.away = True
                 moved += self._parked[-1].host.numel()
         return moved
+
+
+def _is_on_host(storage: torch.UntypedStorage) -> bool:
+    return storage.device.type == "cpu"
 
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:

@@ -145,10 +145,10 @@ def split(tensors: Sequence[Planned], max_bytes: int) -> list[list[Planned]]:
     return files
 
 
-def file_names(count: int) -> list[str]:
-    """Return the names Hugging Face gives to so many files."""
+def file_names(count: int, single: str = SINGLE) -> list[str]:
+    """Return the names Hugging Face gives to so many files; one alone is called ``single``."""
     if count == 1:
-        return [SINGLE]
+        return [single]
     return [f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1)]
 
 
@@ -174,14 +174,19 @@ class SafetensorsWriter:
         folder: Where to.
         files: What goes into each file, in the order in which it will come.
         tied: Further names of tensors, with the name each is stored under.
+        single: Name of the file if it is but one.
 
     Raises:
         ValueError: The format has no name for a data type.
     """
 
-    def __init__(self, folder: Path, files: Sequence[Sequence[Planned]], tied: Mapping[str, str]) -> None:
+    def __init__(
+        self, folder: Path, files: Sequence[Sequence[Planned]], tied: Mapping[str, str], single: str = SINGLE
+    ) -> None:
         _check_dtypes(tensor for tensors in files for tensor in tensors)
-        self.names = file_names(len(files))
+        self.names = file_names(len(files), single)
+        # who loads a folder looks for the standard names, of which only one kind may stand there
+        self._reserved = {*self.names, *((INDEX, SINGLE) if single == SINGLE else ())}
         self._folder = folder
         self._files = [list(tensors) for tensors in files]
         self._tied = dict(tied)
@@ -193,7 +198,7 @@ class SafetensorsWriter:
     def begin(self) -> Exception | None:
         """Make the folder, and make sure that nothing would be overwritten."""
         try:
-            there = [name for name in {*self.names, INDEX, SINGLE} if (self._folder / name).exists()]
+            there = [name for name in self._reserved if (self._folder / name).exists()]
             if there:
                 return ValueError(
                     f"{self._folder} holds {', '.join(there)} already: give another folder, or remove them"

@@ -24,6 +24,7 @@ from .parking import Parking, states_of
 from .passes import Hooks, Reducer, agree_over
 from .placement import Placement
 from .units import Phase, Residency, Unit
+from .weights import Weights
 
 if TYPE_CHECKING:
     from ds_core.protocols import BlockCall, StateSource, UpdateRule
@@ -96,6 +97,7 @@ class Sharded:
             shared=shared,
             calls=Calls(self.parking.check, lambda: self.micro_batches, self._forget_derived, whole.refresh),
         )
+        self.weights = Weights(module, self.access)
         self._reads = OutsideReads(units, self._residency)
         hooks = Hooks(self._residency, self._reducer, self._reads)
         hooks.guard(module)

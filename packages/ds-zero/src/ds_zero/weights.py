@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
-from itertools import chain
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import state
 from .intervals import agreed
-from .safetensors_io import Planned, SafetensorsWriter, TensorFiles, split
+from .safetensors_io import SINGLE, Planned, SafetensorsWriter, TensorFiles, split
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives, Json
 
+    from .access import Access
     from .sharded import Sharded
 
 _MAX_SHOWN = 8  # names in one message
@@ -108,24 +108,109 @@ def save_safetensors(
         OSError: On rank 0: a file could not be written; all that this call has written is removed.
         RuntimeError: On the other ranks, when rank 0 raises anything.
     """
-    comm = sharded.access.comm
-    buffers = state.persistent_buffers(sharded.module)
+    module, access = sharded.module, sharded.access
+    buffers = state.persistent_buffers(module)
     tensors = [
         Planned(name, dtype if dtype is not None and exact.is_floating_point else exact, shape)
-        for name, shape, exact in sharded.access.stored()
+        for name, shape, exact in access.stored()
     ]
     tensors += [Planned(name, buffer.dtype, buffer.shape) for name, buffer in buffers.items()]
-    tied = {further: str(name) for further, name in state.aliases(sharded.module).items()}
-    writer = SafetensorsWriter(Path(folder), split(tensors, max_shard_bytes), tied)
+    writer = SafetensorsWriter(Path(folder), split(tensors, max_shard_bytes), _tied(module, tensors))
+    _write(writer, _values(tensors, access, buffers), module, access.comm)
+    return writer.names
+
+
+class Weights:
+    """Weights of a partitioned model, in the data types that it computes in. Found at ``sharded.weights``.
+
+    Args:
+        module: The partitioned model.
+        access: To its parameters.
+
+    Example:
+        >>> import ds_zero
+        >>> precision = ds_zero.Precision(compute=torch.bfloat16)
+        >>> sharded = ds_zero.shard(nn.Linear(2, 1), torch.optim.AdamW, precision=precision)
+        >>> {name: tensor.dtype for name, tensor in sharded.weights.state_dict().items()}
+        {'weight': torch.bfloat16, 'bias': torch.bfloat16}
+    """
+
+    def __init__(self, module: nn.Module, access: Access) -> None:
+        self._module = module
+        self._access = access
+
+    def save(self, folder: str | os.PathLike[str], *, name: str = SINGLE, frozen: bool = True) -> None:
+        """Write parameters and buffers into one file, as :func:`save_safetensors` does; all ranks call it.
+
+        Args:
+            folder: Created where it does not exist.
+            name: Of the file; ends with ``.safetensors``.
+            frozen: Whether parameters that require no gradient are written, too.
+
+        Raises:
+            ValueError: The name ends otherwise, or stands in a folder of its own; and as for :func:`save_safetensors`.
+            OSError: As for :func:`save_safetensors`.
+            RuntimeError: As for :func:`save_safetensors`.
+        """
+        if not name.endswith(".safetensors") or Path(name).name != name:
+            raise ValueError(
+                f"weights are written in the safetensors format, never pickled, to one file within {folder}: give a "
+                f"file name that ends with .safetensors, got {name!r}"
+            )
+        buffers = state.persistent_buffers(self._module)
+        tensors = self._planned(buffers, frozen=frozen)
+        writer = SafetensorsWriter(Path(folder), [tensors], _tied(self._module, tensors), name)
+        _write(writer, _values(tensors, self._access, buffers), self._module, self._access.comm)
+
+    def state_dict(self, *, frozen: bool = True) -> dict[str, Tensor]:
+        """Return copies of parameters and buffers in host memory on rank 0, an empty one elsewhere; all ranks call it.
+
+        A tied parameter stands there under all of its names, as one tensor. Memory on other ranks: one whole tensor.
+
+        Args:
+            frozen: Whether parameters that require no gradient are among them.
+        """
+        buffers = state.persistent_buffers(self._module)
+        tensors = self._planned(buffers, frozen=frozen)
+        held: dict[str, Tensor] = {}
+        for tensor, values in zip(tensors, _values(tensors, self._access, buffers), strict=True):
+            if self._access.comm.rank == 0:
+                held[tensor.name] = values.detach().to("cpu", tensor.dtype, copy=tensor.name in buffers)
+        tied = _tied(self._module, tensors) if held else {}
+        return held | {further: held[name] for further, name in tied.items()}
+
+    def _planned(self, buffers: Mapping[str, Tensor], *, frozen: bool) -> list[Planned]:
+        params = dict(self._module.named_parameters())
+        tensors = [
+            Planned(name, params[name].dtype, shape)
+            for name, shape, _ in self._access.stored()
+            if frozen or params[name].requires_grad
+        ]
+        return tensors + [Planned(name, buffer.dtype, buffer.shape) for name, buffer in buffers.items()]
+
+
+def _values(tensors: Iterable[Planned], access: Access, buffers: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """Yield the tensors, whole and exact, one at a time; all ranks go through all of them."""
+    for tensor in tensors:
+        yield buffers[tensor.name] if tensor.name in buffers else access.full_param(tensor.name)
+
+
+def _tied(module: nn.Module, tensors: Iterable[Planned]) -> dict[str, str]:
+    """Return the further names of those tensors that have several, with the first one of each."""
+    names = {tensor.name for tensor in tensors}
+    return {further: str(name) for further, name in state.aliases(module).items() if name in names}
+
+
+def _write(writer: SafetensorsWriter, values: Iterable[Tensor], module: nn.Module, comm: Collectives) -> None:
+    """Write ``values`` on rank 0; all ranks raise if that fails."""
     on_rank_0 = comm.rank == 0
-    device = next((param.device for param in sharded.module.parameters()), torch.device("cpu"))
+    device = next((param.device for param in module.parameters()), torch.device("cpu"))
     _together(writer.begin() if on_rank_0 else None, comm, device)
     error = None
-    for _, values in chain(sharded.access.stream(), buffers.items()):
+    for each in values:
         if on_rank_0 and error is None:  # after an error the others still wait to give their parts
-            error = writer.write(values.detach())
+            error = writer.write(each.detach())
     _together(error or (writer.finish() if on_rank_0 else None), comm, device)
-    return writer.names
 
 
 def _together(error: Exception | None, comm: Collectives, device: torch.device) -> None:
