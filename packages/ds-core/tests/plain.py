@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -21,11 +22,63 @@ class Norm(NamedTuple):
     culprit: str | None
 
 
+class PlainParking:
+    """Plays the role ``Parking``; notes what is asked of it."""
+
+    kinds = ("params", "masters", "optimizer", "gradients")
+
+    def __init__(self) -> None:
+        self.away: dict[str, int] = {}
+        self.pinned: list[bool] = []
+
+    def offload_states(self, include: Iterable[str], *, pin_memory: bool = True) -> dict[str, int]:
+        self.away = {kind: 8 * (1 + self.kinds.index(kind)) for kind in include}
+        self.pinned.append(pin_memory)
+        return dict(self.away)
+
+    def reload_states(self) -> int:
+        nbytes, self.away = sum(self.away.values()), {}
+        return nbytes
+
+
+class PlainAccess:
+    """Plays the role ``Access``, as far as whole parameters."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+
+    def full_param(self, param: str) -> Tensor:
+        return self.module.get_parameter(param).detach().clone()
+
+    def set_full_param(self, param: str, value: Tensor) -> None:
+        self.module.get_parameter(param).data.copy_(value)
+
+    def stream(self) -> Iterator[tuple[str, Tensor]]:
+        for name, _ in self.module.named_parameters():
+            yield name, self.full_param(name)
+
+
+class PlainWeights:
+    """Plays the role ``Weights``; notes what is to be saved."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.saved: list[tuple[str, str, bool]] = []
+
+    def save(self, folder: str, *, name: str, frozen: bool = True) -> None:
+        self.saved.append((folder, name, frozen))
+
+    def state_dict(self, *, frozen: bool = True) -> dict[str, Tensor]:
+        params = self.module.named_parameters()
+        return {name: param.detach().clone() for name, param in params if frozen or param.requires_grad}
+
+
 class Plain:
     """Plays the role ``Sharded``."""
 
     def __init__(self, module: nn.Module, optimizer: torch.optim.Optimizer) -> None:
         self.module, self.optimizer = module, optimizer
+        self.access, self.parking, self.weights = PlainAccess(module), PlainParking(), PlainWeights(module)
         self.synced: list[bool] = []
         self.micro_batches = 0
         next(module.parameters()).register_post_accumulate_grad_hook(self._count)

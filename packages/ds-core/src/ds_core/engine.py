@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -10,11 +10,15 @@ from . import loss_scale
 from .checkpoint import default_tag
 from .policy import Counters, StepOutcome, StepPolicy
 from .saving import check_fits, load_schedule
+from .state_names import state_kinds
 from .stepping import Stepping
 
 if TYPE_CHECKING:
     import os
 
+    from torch import Tensor
+
+    from .access_protocols import Access
     from .data import TrainLoader
     from .loss_scale import LossScale
     from .protocols import Json, LearningRateSchedule, Sharded
@@ -161,6 +165,133 @@ class Engine(Stepping):
         if loader is not None and run["data"] is not None:
             loader.load_state_dict(run["data"])
         return str(opened.path), dict(run["client_state"])
+
+    # Weights #
+
+    def save_16bit_model(
+        self,
+        save_dir: str | os.PathLike[str],
+        save_filename: str = "model.safetensors",
+        exclude_frozen_parameters: bool = False,  # noqa: FBT001, FBT002 - DeepSpeed's signature
+    ) -> bool:
+        """Write the model's weights as it computes with them into one safetensors file; all ranks call it.
+
+        That is bfloat16 or float16 where the configuration says so, and float32 else and for modules that it keeps in
+        float32. Rank 0 writes; memory is one whole tensor on each rank, at every stage. Frozen parameters are those
+        that require no gradient; buffers are written in any case. A tied parameter is stored once, under its first
+        name. Nothing is overwritten, and a file that could not be finished is removed.
+
+        Args:
+            save_dir: Created where it does not exist; ranks other than 0 need not see it.
+            save_filename: Ends with ``.safetensors``.
+            exclude_frozen_parameters: Whether to leave out parameters that are not trained.
+
+        Returns:
+            True. (DeepSpeed's returns False where a setting keeps it from gathering; there is none such here.)
+
+        Raises:
+            ValueError: The name ends otherwise; or, on rank 0, there is such a file.
+            OSError: On rank 0: the file could not be written.
+            RuntimeError: On the other ranks, when rank 0 raises anything; on all, if states are in host memory.
+
+        Example:
+            >>> import tempfile, torch
+            >>> from ds_core import initialize
+            >>> config = {"train_batch_size": 1, "bf16": {"enabled": True}}
+            >>> engine = initialize(torch.nn.Linear(2, 1), config=config).engine
+            >>> with tempfile.TemporaryDirectory() as folder:
+            ...     engine.save_16bit_model(folder)
+            True
+        """
+        self._sharded.weights.save(save_dir, name=save_filename, frozen=not exclude_frozen_parameters)
+        return True
+
+    def module_state_dict(
+        self,
+        exclude_frozen_parameters: bool = False,  # noqa: FBT001, FBT002 - DeepSpeed's signature
+    ) -> dict[str, Tensor]:
+        """Return the whole model's state on rank 0, and nothing on others; all ranks call it.
+
+        Copies in host memory, with the values and data types of :meth:`save_16bit_model`, under all names of the model:
+        the model before it was partitioned loads them. (At stage 3 ``engine.module.state_dict()`` has no values.)
+
+        Example:
+            >>> import torch
+            >>> from ds_core import initialize
+            >>> engine = initialize(torch.nn.Linear(2, 1), config={"train_batch_size": 1}).engine
+            >>> {name: list(tensor.shape) for name, tensor in engine.module_state_dict().items()}
+            {'weight': [1, 2], 'bias': [1]}
+        """
+        return dict(self._sharded.weights.state_dict(frozen=not exclude_frozen_parameters))
+
+    # State within reach, and out of the way #
+
+    @property
+    def access(self) -> Access:
+        """Parameters, gradients and optimizer state, one tensor at a time, at every stage.
+
+        Example:
+            >>> import torch
+            >>> from ds_core import initialize
+            >>> engine = initialize(torch.nn.Linear(2, 1), config={"train_batch_size": 1}).engine
+            >>> engine.access.set_full_param("bias", torch.tensor([2.0]))
+            >>> with engine.access.gathered("bias", writeback_from=0), torch.no_grad():
+            ...     _ = engine.module.bias.mul_(3.0)
+            >>> engine.access.full_param("bias")
+            tensor([6.])
+        """
+        return self._sharded.access
+
+    def offload_states(
+        self,
+        include: Iterable[str] | None = None,
+        device: str = "cpu",
+        pin_memory: bool = True,  # noqa: FBT001, FBT002 - DeepSpeed's signature
+        non_blocking: bool = False,  # noqa: FBT001, FBT002
+    ) -> dict[str, int]:
+        """Move state from the device to host memory, until :meth:`reload_states`; each rank its own.
+
+        In between the model can be neither run, stepped, saved, loaded nor read.
+
+        Args:
+            include: What to move: ``params``, ``masters``, ``optimizer``, ``gradients``; None: all. DeepSpeed's
+                ``lp_params``, ``hp_params``, ``optim_states`` and ``lp_grads`` mean the same, in this order; its
+                ``contiguous_grad_buffer`` is given back by every call. A tensor that is of two kinds (in float32,
+                parameters are their own masters) goes with the first one named.
+            device: ``cpu``; there is no other.
+            pin_memory: Whether the host memory is pinned, for speed, where the device is a GPU.
+            non_blocking: Makes no difference: it returns when memory is free, which is after the copies.
+
+        Returns:
+            Bytes that each kind has freed on the device, by this stack's names; 0 where the device is a CPU.
+
+        Raises:
+            ValueError: There are no such states, or another device is named.
+            RuntimeError: States are in host memory already.
+
+        Example:
+            >>> import torch
+            >>> from ds_core import initialize
+            >>> engine = initialize(torch.nn.Linear(2, 1), config={"train_batch_size": 1}).engine
+            >>> engine.offload_states(["optim_states", "hp_params"])  # on a CPU there is nothing to be gained
+            {'optimizer': 0, 'masters': 0}
+            >>> engine.reload_states()
+            0
+        """
+        del non_blocking
+        if device != "cpu":
+            raise ValueError(f"states are moved to host memory, device='cpu', got {device!r}")
+        parking = self._sharded.parking
+        return parking.offload_states(state_kinds(include, parking.kinds), pin_memory=pin_memory)
+
+    def reload_states(self, non_blocking: bool = False) -> int:  # noqa: FBT001, FBT002 - DeepSpeed's signature
+        """Move back what :meth:`offload_states` moved, bit for bit; returns the bytes.
+
+        Args:
+            non_blocking: Makes no difference: it returns when the states are there.
+        """
+        del non_blocking
+        return self._sharded.parking.reload_states()
 
     # What users ask #
 

@@ -4,7 +4,7 @@
 A wheel other than ds-core imports this file under ``TYPE_CHECKING`` only; at run time it gets its collaborators
 as arguments and has a plain torch default for each. So every role is structural (:class:`typing.Protocol`):
 a class fits by having the right methods, not by inheriting. Calls go down, news comes up as return values. The roles of
-kernels stand in ``kernel_protocols``.
+kernels stand in ``kernel_protocols``, those by which users reach a model's values in ``access_protocols``.
 
 [Note: Plugins]
 An entry point in one of the groups of :data:`GROUPS` names a *plugin object*: ``role_version`` (compared with
@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from .access_protocols import Access, Parking, Weights
 from .kernel_protocols import KernelBackend
 
 Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json] | None"
@@ -268,6 +269,18 @@ class Sharded(Protocol):
     @property
     def optimizer(self) -> torch.optim.Optimizer | None:
         """The optimizer over the shards: read and set its ``param_groups``, do not call its ``step``."""
+
+    @property
+    def access(self) -> Access:
+        """Single parameters, gradients and tensors of optimizer state."""
+
+    @property
+    def parking(self) -> Parking:
+        """Moves state to host memory and back."""
+
+    @property
+    def weights(self) -> Weights:
+        """All parameters and buffers as the model computes with them."""
 
     @property
     def is_compiled(self) -> bool:
