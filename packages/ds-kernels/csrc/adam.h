@@ -10,7 +10,7 @@
 #include <type_traits>
 
 #include "float_format.h"
-#include "kernel_table.h"
+#include "optimizer_table.h"
 
 namespace {
 

@@ -12,6 +12,7 @@ import torch
 from ds_kernels import CpuBackend, ReferenceBackend, Registry, backends, registry, use_backend
 
 CPU = torch.device("cpu")
+ADAMW = ("adamw", CPU, torch.float32)
 GOOD = """
     from ds_kernels import ReferenceBackend
 
@@ -58,38 +59,39 @@ def test_the_built_in_backends_are_listed():
 def test_the_automatic_choice_is_logged_once(cpu, caplog):
     owner = Registry()
     with caplog.at_level(logging.INFO):
-        assert owner.current(CPU) is owner.current(CPU)
-    assert owner.current(CPU) == cpu
-    assert caplog.messages == ["using the kernel backend 'cpu'"]
+        assert owner.kernel(*ADAMW) is owner.kernel(*ADAMW)
+        assert owner.kernel(*ADAMW).__self__ == cpu
+    assert owner.provider(*ADAMW) == "cpu"
+    assert caplog.messages == ["kernels for cpu are taken from: cpu, reference"]
 
 
 def test_a_device_without_a_backend_gets_the_reference(caplog):
     owner = Registry()
     with caplog.at_level(logging.INFO):
-        assert owner.current(torch.device("meta")).name == "reference"
-    assert caplog.messages == ["no kernel backend is built for meta: using 'reference' (plain torch)"]
+        assert owner.provider("adamw", torch.device("meta"), torch.float32) == "reference"
+    assert caplog.messages == ["kernels for meta are taken from: reference"]
 
 
 def test_a_choice_lasts_until_the_next(cpu):
     owner = Registry()
     owner.use("reference")
-    assert owner.current(CPU).name == "reference"
+    assert owner.provider(*ADAMW) == "reference"
     owner.use("cpu")
-    assert owner.current(CPU).name == "cpu"
+    assert owner.provider(*ADAMW) == "cpu"
 
 
 def test_blocks_nest_and_are_undone_exactly(install, cpu):
     install("acme-kernels", "acme")
     owner = Registry()
-    automatic = owner.current(CPU)
+    automatic = owner.kernel(*ADAMW)
     with owner.use("reference") as outer:
-        assert owner.current(CPU) is outer
+        assert owner.kernel(*ADAMW).__self__ is outer
         with owner.use("acme") as inner:
-            assert owner.current(CPU) is inner
+            assert owner.kernel(*ADAMW).__self__ is inner
             owner.use("cpu")
-            assert owner.current(CPU).name == "cpu"
-        assert owner.current(CPU) is outer
-    assert owner.current(CPU) is automatic
+            assert owner.provider(*ADAMW) == "cpu"
+        assert owner.kernel(*ADAMW).__self__ is outer
+    assert owner.kernel(*ADAMW).__self__ is automatic.__self__
 
 
 def test_an_error_in_the_block_undoes_the_choice():
@@ -98,7 +100,7 @@ def test_an_error_in_the_block_undoes_the_choice():
     with pytest.raises(KeyError), owner.use("reference"):
         raise KeyError
     with chosen as backend:
-        assert owner.current(CPU) is backend
+        assert owner.kernel(*ADAMW).__self__ is backend
 
 
 def test_a_failed_choice_changes_nothing(install):
@@ -107,15 +109,15 @@ def test_a_failed_choice_changes_nothing(install):
     with owner.use("reference") as backend:
         with pytest.raises(RuntimeError):
             owner.use("bad")
-        assert owner.current(CPU) is backend
+        assert owner.kernel(*ADAMW).__self__ is backend
 
 
 def test_the_process_has_one_registry():
-    before = registry().current(CPU)
+    before = registry().kernel(*ADAMW)
     with use_backend("reference") as backend:
-        assert registry().current(CPU) is backend
+        assert registry().kernel(*ADAMW).__self__ is backend
     assert registry() is registry()
-    assert registry().current(CPU) is before
+    assert registry().kernel(*ADAMW).__self__ == before.__self__
 
 
 def test_another_distributions_backend_is_loaded_when_named(install):
@@ -199,3 +201,46 @@ def test_a_built_in_name_means_the_built_in_backend(install):
     assert owner.backends()["reference"].provider == "built in"
     assert isinstance(owner.use("reference").__enter__(), ReferenceBackend)
     assert "acme_kernels" not in sys.modules
+
+
+PARTIAL = """
+    class Backend:
+        name = "partial"
+        def unusable(self): return None
+        def find(self, op, device, dtype):
+            if op == "chunk_sumsq" and dtype.itemsize == 2:
+                return lambda x, chunk: "mine"
+
+    class Plugin:
+        role_version = 1
+        config_type = None
+        def build(self, config, context): return Backend()
+
+    plugin = Plugin()
+"""
+
+
+def test_a_backend_offers_what_it_can_and_the_rest_is_taken_from_others(install, caplog):
+    install("some-kernels", "partial", PARTIAL)
+    owner = Registry()
+    with caplog.at_level(logging.INFO), owner.use("partial"):
+        assert owner.kernel("chunk_sumsq", CPU, torch.bfloat16)(None, 64) == "mine"
+        assert owner.provider("chunk_sumsq", CPU, torch.float32) != "partial"
+        assert owner.provider(*ADAMW) != "partial"
+    said = [text for text in caplog.messages if "has no" in text]
+    assert said == [
+        "the kernel backend 'partial' has no chunk_sumsq for torch.float32 on cpu",
+        "the kernel backend 'partial' has no adamw for torch.float32 on cpu",
+    ]
+    assert owner.provider("chunk_sumsq", CPU, torch.bfloat16) != "partial"
+
+
+def test_a_backend_given_comes_before_the_chosen_one():
+    owner, given = Registry(), ReferenceBackend()
+    with owner.use("reference"):
+        assert owner.kernel(*ADAMW, given).__self__ is given
+
+
+def test_a_name_that_is_no_op_is_an_error():
+    with pytest.raises(ValueError, match="no kernel backend has an op 'adamv'"):
+        Registry().kernel("adamv", CPU, torch.float32)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -18,8 +19,8 @@ class ShardKernels(Protocol):
         """Float64 sums of squares of the ``len(x) / chunk`` consecutive chunks of 1D ``x``."""
 
 
-class KernelBackend(ShardKernels, Protocol):
-    """One implementation of all kernels."""
+class KernelBackend(Protocol):
+    """One implementation of some or all kernels."""
 
     @property
     def name(self) -> str:
@@ -28,17 +29,18 @@ class KernelBackend(ShardKernels, Protocol):
     def unusable(self) -> str | None:
         """Why this backend cannot run here, in one line; None when it can."""
 
-    def adamw(
-        self,
-        param: Tensor,
-        grad: Tensor,
-        exp_avg: Tensor,
-        exp_avg_sq: Tensor,
-        *,
-        copy: Tensor | None,
-        hyper: AdamHyper,
-    ) -> None:
-        """One Adam or AdamW step, in place, in one pass over memory."""
+    def find(self, op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+        """Return the kernel of ``op`` for tensors of one kind; None where there is none.
+
+        Args:
+            op: Name of an op: ``adamw``, ``tree_sum``, ``chunk_sumsq``, or one of those that ds-kernels declares.
+            device: Where the tensors are.
+            dtype: Data type of the op's first tensor.
+
+        Returns:
+            A function with the arguments and the meaning of the reference backend's. That of ``tree_sum`` and of
+            ``chunk_sumsq`` for float32 takes bfloat16 and float16, too.
+        """
 
 
 class AdamHyper(Protocol):

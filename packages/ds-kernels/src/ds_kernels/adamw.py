@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .config import AdamConfig, check_hyperparameters
-from .registry import registry
+from .registry import Lookup
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -76,7 +76,7 @@ class GroupStep:
         optimizer: Holds the state of each parameter, under the parameter.
         group: One of ``optimizer.param_groups``.
         scale: Factor on the gradients.
-        kernels: The backend, or None for the process's choice.
+        adamw: The kernels to step with.
     """
 
     def __init__(
@@ -85,12 +85,12 @@ class GroupStep:
         group: dict[str, Any],
         *,
         scale: float,
-        kernels: KernelBackend | None,
+        adamw: Lookup,
     ) -> None:
         self._optimizer = optimizer
         self._group = group
         self._scale = scale
-        self._kernels = kernels
+        self._adamw = adamw
         self._hypers: dict[int, AdamHyper] = {}  # by step: nearly always one
 
     def run(self, param: Tensor, grad: Tensor, copy: Tensor | None = None) -> None:
@@ -102,8 +102,8 @@ class GroupStep:
         hyper = self._hypers.get(step)
         if hyper is None:
             hyper = self._hypers[step] = self._hyper(step)
-        backend = registry().current(param.device) if self._kernels is None else self._kernels
-        backend.adamw(param, grad, state["exp_avg"], state["exp_avg_sq"], copy=copy, hyper=hyper)
+        adamw = self._adamw[param.device, param.dtype]
+        adamw(param, grad, state["exp_avg"], state["exp_avg_sq"], copy=copy, hyper=hyper)
         state["step"].fill_(step)
 
     def _hyper(self, step: int) -> AdamHyper:
@@ -210,8 +210,9 @@ class Adam(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        adamw = Lookup("adamw", self._kernels)
         for group in self.param_groups:
-            group_step = GroupStep(self, group, scale=1.0, kernels=self._kernels)
+            group_step = GroupStep(self, group, scale=1.0, adamw=adamw)
             for param in group["params"]:
                 if param.grad is not None:
                     group_step.run(param, param.grad)
@@ -294,6 +295,7 @@ class AdamMaker:
     def __init__(self, config: AdamConfig, *, kernels: KernelBackend | None = None) -> None:
         self._config = config
         self._kernels = kernels
+        self._given = None if kernels is None else Lookup("adamw", kernels)
 
     def make(self, groups: ParamGroups) -> torch.optim.Optimizer:
         """Return an optimizer over ``groups``, whose parameters are 1D shards in float32.
@@ -333,8 +335,9 @@ class AdamMaker:
             ValueError: If a shard's master is not a parameter of ``optimizer``, or its tensors do not fit.
         """
         step_of = {}
+        adamw = Lookup("adamw", None) if self._given is None else self._given
         for group in optimizer.param_groups:
-            group_step = GroupStep(optimizer, group, scale=scale, kernels=self._kernels)
+            group_step = GroupStep(optimizer, group, scale=scale, adamw=adamw)
             step_of.update(dict.fromkeys(group["params"], group_step))
         for index, unit in enumerate(units):
             with torch.profiler.record_function("AdamMaker.update"):

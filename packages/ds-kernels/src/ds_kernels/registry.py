@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType, TracebackType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import torch
 
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _BUILT_IN: Mapping[str, Callable[[], KernelBackend]] = MappingProxyType(
     {"cpu": CpuBackend, "reference": ReferenceBackend}
 )
+_ORDER: Mapping[str, Sequence[str]] = MappingProxyType({"cpu": ("cpu", "reference")})
+_Key: TypeAlias = "tuple[str, str, torch.dtype]"  # op, type of device, data type
 _logger = logging.getLogger(__package__)
 
 
@@ -32,34 +34,55 @@ class BackendInfo(NamedTuple):
     unusable: str | None  # why it cannot run here; None: it can, or it was never loaded to find out
 
 
+class _Found(NamedTuple):
+    kernel: Callable[..., Any]
+    backend: str
+
+
 class Registry:
-    """Owns the choice of the kernel backend.
+    """Owns the choice of the kernel: one for each op, type of device and data type.
 
     [Note: Choice]
-    Until :meth:`use` names a backend, the choice is automatic: ``cpu`` for tensors in host memory where the
-    native module was built, else ``reference``. The first automatic choice for each type of device is logged.
-    A program has one registry, :func:`registry`; tests make their own.
+    A kernel comes from the first of these backends that has one for the op, the device and the data type: the one that
+    :meth:`use` named, if any; then, of those in :data:`_ORDER` that can run here, in that order. ``reference`` has all
+    ops and comes last. Where the named backend lacks an op, and where a backend of :data:`_ORDER` cannot run, that is
+    logged once. A program has one registry, :func:`registry`; tests make their own.
 
     Example:
         >>> owner = Registry()
-        >>> with owner.use("reference") as backend:
-        ...     owner.current(torch.device("cpu")) is backend
-        True
+        >>> with owner.use("reference"):
+        ...     owner.provider("adamw", torch.device("cpu"), torch.float32)
+        'reference'
     """
 
     def __init__(self) -> None:
         self._chosen: KernelBackend | None = None
-        self._automatic: dict[str, KernelBackend] = {}  # by type of device
+        self._found: dict[_Key, _Found] = {}  # under the present choice
+        self._usable: dict[str, list[KernelBackend]] = {}  # by type of device
         self._loaded: dict[str, KernelBackend] = {}  # other distributions' backends, by name
+        self._told: set[tuple[str, str]] = set()  # backend and op
 
-    def current(self, device: torch.device) -> KernelBackend:
-        """Return the backend for tensors on ``device``. See [Note: Choice]."""
-        if self._chosen is not None:
-            return self._chosen
-        backend = self._automatic.get(device.type)
-        if backend is None:
-            backend = self._automatic[device.type] = _choose(device)
-        return backend
+    def kernel(
+        self, op: str, device: torch.device, dtype: torch.dtype, first: KernelBackend | None = None
+    ) -> Callable[..., Any]:
+        """Return the kernel of ``op`` for tensors of one kind. See [Note: Choice].
+
+        Args:
+            op: Name of the op.
+            device: Where the tensors are.
+            dtype: Data type of the op's first tensor.
+            first: A backend that comes before the chosen one.
+
+        Raises:
+            ValueError: If no backend has ``op``.
+        """
+        if first is not None and (kernel := first.find(op, device, dtype)) is not None:
+            return kernel
+        return self._find_kernel(op, device, dtype).kernel
+
+    def provider(self, op: str, device: torch.device, dtype: torch.dtype) -> str:
+        """Return the name of the backend that :meth:`kernel` takes ``op`` from."""
+        return self._find_kernel(op, device, dtype).backend
 
     def use(self, name: str) -> Use:
         """Choose the backend ``name`` from now on; as a context manager, until the block ends.
@@ -80,12 +103,13 @@ class Registry:
         if reason is not None:
             raise RuntimeError(f"the kernel backend {name!r} cannot run here: {reason}")
         undo = Use(self, backend, self._chosen)
-        self._chosen = backend
+        self.put_back(backend)
         return undo
 
     def put_back(self, backend: KernelBackend | None) -> None:
         """Make ``backend`` the choice again; None makes it automatic. Paired with :meth:`use`."""
         self._chosen = backend
+        self._found.clear()
 
     def backends(self) -> dict[str, BackendInfo]:
         """List the installed backends by name. Those of other distributions are not imported for it."""
@@ -106,6 +130,30 @@ class Registry:
             self._loaded[name] = load(name, tuple(_BUILT_IN))
         return self._loaded[name]
 
+    def _find_kernel(self, op: str, device: torch.device, dtype: torch.dtype) -> _Found:
+        key = op, device.type, dtype
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._search(op, device, dtype)
+        return found
+
+    def _search(self, op: str, device: torch.device, dtype: torch.dtype) -> _Found:
+        chosen = self._chosen
+        for backend in [*([] if chosen is None else [chosen]), *self._automatic(device)]:
+            kernel = backend.find(op, device, dtype)
+            if kernel is not None:
+                return _Found(kernel, backend.name)
+            if backend is chosen and (chosen.name, op) not in self._told:
+                self._told.add((chosen.name, op))
+                _logger.info("the kernel backend %r has no %s for %s on %s", chosen.name, op, dtype, device.type)
+        raise ValueError(f"no kernel backend has an op {op!r}; look at the names in ds_kernels.ops")
+
+    def _automatic(self, device: torch.device) -> list[KernelBackend]:
+        usable = self._usable.get(device.type)
+        if usable is None:
+            usable = self._usable[device.type] = _usable_for(device)
+        return usable
+
 
 class Use:
     """A choice that can be undone: leaving the block puts back what was chosen before."""
@@ -122,6 +170,29 @@ class Use:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._owner.put_back(self._before)
+
+
+class Lookup(dict[tuple[torch.device, torch.dtype], Callable[..., Any]]):
+    """The kernels of one op by device and data type, found at the first use of each and kept.
+
+    Args:
+        op: Name of the op.
+        first: A backend that comes before the process's choice.
+
+    Example:
+        >>> lookup = Lookup("tree_sum", ReferenceBackend())
+        >>> lookup[torch.device("cpu"), torch.float32].__name__
+        'tree_sum'
+    """
+
+    def __init__(self, op: str, first: KernelBackend | None) -> None:
+        super().__init__()
+        self._op = op
+        self._first = first
+
+    def __missing__(self, key: tuple[torch.device, torch.dtype]) -> Callable[..., Any]:
+        kernel = self[key] = registry().kernel(self._op, *key, self._first)
+        return kernel
 
 
 @functools.cache
@@ -166,14 +237,14 @@ def use_backend(name: str) -> Use:
     return registry().use(name)
 
 
-def _choose(device: torch.device) -> KernelBackend:
-    if device.type != "cpu":
-        _logger.info("no kernel backend is built for %s: using 'reference' (plain torch)", device.type)
-        return ReferenceBackend()
-    cpu = CpuBackend()
-    reason = cpu.unusable()
-    if reason is not None:
-        _logger.warning("the kernel backend 'cpu' cannot run here: %s; using 'reference' (slower)", reason)
-        return ReferenceBackend()
-    _logger.info("using the kernel backend 'cpu'")
-    return cpu
+def _usable_for(device: torch.device) -> list[KernelBackend]:
+    usable = []
+    for name in _ORDER.get(device.type, ("reference",)):
+        backend = _BUILT_IN[name]()
+        reason = backend.unusable()
+        if reason is None:
+            usable.append(backend)
+        else:
+            _logger.warning("the kernel backend %r cannot run here: %s; using %r (slower)", name, reason, "reference")
+    _logger.info("kernels for %s are taken from: %s", device.type, ", ".join(backend.name for backend in usable))
+    return usable

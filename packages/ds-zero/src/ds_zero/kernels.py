@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .layout import LEAF
+
+if TYPE_CHECKING:
+    from ds_core.kernel_protocols import KernelBackend
 
 _SLICE = 1 << 16  # elements squared at a time
 
@@ -55,3 +59,19 @@ class TorchKernels:
         while sums.numel() * chunk > x.numel():
             sums = sums[::2] + sums[1::2]
         return sums
+
+
+class FoundKernels(NamedTuple):
+    """Those that a backend has, and plain torch where it has none."""
+
+    tree_sum: Callable[[Tensor, Sequence[Tensor]], None]
+    chunk_sumsq: Callable[[Tensor, int], Tensor]
+
+
+def kernels_of(backend: KernelBackend, device: torch.device) -> FoundKernels:
+    """Return what ``backend`` offers a partitioner on ``device``."""
+    plain = TorchKernels()
+    return FoundKernels(
+        backend.find("tree_sum", device, torch.float32) or plain.tree_sum,
+        backend.find("chunk_sumsq", device, torch.float32) or plain.chunk_sumsq,
+    )

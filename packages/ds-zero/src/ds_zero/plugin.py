@@ -8,6 +8,7 @@ from torch import nn
 
 from .api import Parts, shard
 from .config import Precision, ZeroConfig
+from .kernels import kernels_of
 from .sharded import Sharded
 from .update import torch_update
 
@@ -25,6 +26,7 @@ class ZeroPartitioner:
     def shard(self, model: nn.Module, maker: OptimizerMaker | None, groups: ParamGroups) -> Sharded:
         """Partition ``model`` in place; see :func:`ds_zero.shard`."""
         context = self._context
+        kernels = None if context.kernels is None else kernels_of(context.kernels, context.device)
         update = torch_update if maker is None or maker.update is None else maker.update
         return shard(
             model,
@@ -35,7 +37,7 @@ class ZeroPartitioner:
             precision=Precision(
                 compute=context.compute_dtype, gradient=context.gradient_dtype, keep_fp32=context.keep_fp32
             ),
-            parts=Parts(update=update, kernels=context.kernels, collectives=context.collectives),
+            parts=Parts(update=update, kernels=kernels, collectives=context.collectives),
             device=context.device,
         )
 

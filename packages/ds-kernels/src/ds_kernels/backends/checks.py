@@ -65,6 +65,27 @@ def check_chunk_sumsq(x: Tensor, chunk: int) -> None:
         raise ValueError(f"x must be whole chunks of {chunk} elements; got {x.numel()}; pad it with zeros")
 
 
+def check_cpu(name: str, tensor: Tensor) -> None:
+    """Check that ``tensor`` is in host memory.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if tensor.device.type != "cpu":
+        raise ValueError(
+            f"the backend 'cpu' works on tensors in host memory; got {name} on {tensor.device}; "
+            "choose the backend 'reference' for this device"
+        )
+
+
+def mark_written(*tensors: Tensor | None) -> None:
+    """Tell torch of writes through raw addresses, which it does not see.
+
+    Told of them, a backward pass that needed the old values raises instead of computing nonsense.
+    """
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+
 def _check_dtype(name: str, tensor: Tensor, allowed: tuple[torch.dtype, ...]) -> None:
     if tensor.dtype not in allowed:
         names = " or ".join(str(dtype) for dtype in allowed)

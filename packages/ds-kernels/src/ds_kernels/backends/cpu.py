@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checks import check_adam, check_chunk_sumsq, check_tree_sum
+from .checks import check_adam, check_chunk_sumsq, check_cpu, check_tree_sum, mark_written
+from .native.module import FORMATS, native, unusable
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
 
-    from .._native import Kernels
-
-_FORMATS = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2})
 _NO_COPY = 0
 
 
@@ -50,13 +46,18 @@ class CpuBackend:
 
     def unusable(self) -> str | None:
         """Return why the kernels cannot run here, in one line; None when they can."""
-        try:
-            _load(self.isa)
-        except ImportError as error:
-            return _missing(error)
-        except ValueError as error:  # the processor lacks the instruction set
-            return str(error)
-        return None
+        return unusable(self.isa)
+
+    def find(self, op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+        """Return the kernel of ``op`` for tensors in host memory; None where there is none."""
+        if device.type != "cpu" or dtype not in FORMATS:
+            return None
+        own: dict[str, Callable[..., Any]] = {
+            "adamw": self.adamw,
+            "tree_sum": self.tree_sum,
+            "chunk_sumsq": self.chunk_sumsq,
+        }
+        return own.get(op)
 
     def adamw(
         self,
@@ -86,23 +87,23 @@ class CpuBackend:
             RuntimeError: If the native module is missing.
         """
         check_adam(param, grad, exp_avg, exp_avg_sq, copy)
-        _check_cpu("param", param)
+        check_cpu("param", param)
         # Without decay both forms are the same, and the decoupled one leaves every bit of the gradient.
         decoupled = hyper.decoupled or hyper.weight_decay == 0
         betas = hyper.beta1, hyper.beta2
-        _kernels(self.isa).adam(
+        native(self.isa).adam(
             param.data_ptr(),
             grad.data_ptr(),
             exp_avg.data_ptr(),
             exp_avg_sq.data_ptr(),
             0 if copy is None else copy.data_ptr(),
             param.numel(),
-            _FORMATS[grad.dtype],
-            _NO_COPY if copy is None else _FORMATS[copy.dtype],
+            FORMATS[grad.dtype],
+            _NO_COPY if copy is None else FORMATS[copy.dtype],
             torch.get_num_threads(),
             (hyper.step, hyper.lr, *betas, hyper.eps, hyper.weight_decay, hyper.scale, decoupled),
         )
-        _mark_written(param, exp_avg, exp_avg_sq, copy)
+        mark_written(param, exp_avg, exp_avg_sq, copy)
 
     def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
         """Sum ``pieces`` in float32 along a binary tree over their order, rounding once into ``out``.
@@ -118,11 +119,11 @@ class CpuBackend:
             RuntimeError: If the native module is missing.
         """
         check_tree_sum(out, pieces)
-        _check_cpu("out", out)
+        check_cpu("out", out)
         addresses = [piece.data_ptr() for piece in pieces]
-        formats = _FORMATS[pieces[0].dtype], _FORMATS[out.dtype]
-        _kernels(self.isa).tree_sum(out.data_ptr(), addresses, out.numel(), *formats, torch.get_num_threads())
-        _mark_written(out)
+        formats = FORMATS[pieces[0].dtype], FORMATS[out.dtype]
+        native(self.isa).tree_sum(out.data_ptr(), addresses, out.numel(), *formats, torch.get_num_threads())
+        mark_written(out)
 
     def chunk_sumsq(self, x: Tensor, chunk: int) -> Tensor:
         """Return the float64 sums of squares of the consecutive chunks of ``x``.
@@ -142,43 +143,9 @@ class CpuBackend:
             RuntimeError: If the native module is missing.
         """
         check_chunk_sumsq(x, chunk)
-        _check_cpu("x", x)
+        check_cpu("x", x)
         sums = torch.empty(x.numel() // chunk, dtype=torch.float64)
-        _kernels(self.isa).chunk_sumsq(
-            x.data_ptr(), sums.data_ptr(), chunk, sums.numel(), _FORMATS[x.dtype], torch.get_num_threads()
+        native(self.isa).chunk_sumsq(
+            x.data_ptr(), sums.data_ptr(), chunk, sums.numel(), FORMATS[x.dtype], torch.get_num_threads()
         )
         return sums
-
-
-@functools.cache
-def _load(isa: str | None) -> Kernels:
-    # Imported here, not above: a process that never steps on a CPU should not map the library. By now torch
-    # has been imported, so the library binds to torch's OpenMP runtime and not to a second one.
-    from .. import _native
-
-    return _native.Kernels(isa or _native.isas()[0])
-
-
-def _kernels(isa: str | None) -> Kernels:
-    try:
-        return _load(isa)
-    except ImportError as error:
-        raise RuntimeError(f"{_missing(error)}; or choose the backend 'reference'") from error
-
-
-def _missing(error: ImportError) -> str:
-    return f"the native module is missing or broken ({error}); reinstall where a C++17 compiler is found"
-
-
-def _check_cpu(name: str, tensor: Tensor) -> None:
-    if tensor.device.type != "cpu":
-        raise ValueError(
-            f"the backend 'cpu' works on tensors in host memory; got {name} on {tensor.device}; "
-            "choose the backend 'reference' for this device"
-        )
-
-
-def _mark_written(*tensors: Tensor | None) -> None:
-    # torch does not see writes through raw addresses; told of them, a backward pass that needed the old
-    # values raises instead of computing nonsense.
-    torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])

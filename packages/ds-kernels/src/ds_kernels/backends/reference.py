@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checks import SQUARE_BLOCK, check_adam, check_chunk_sumsq, check_tree_sum
+from .plain import activations
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
@@ -37,6 +38,15 @@ class ReferenceBackend:
     def unusable(self) -> str | None:
         """Return None: it runs wherever torch does."""
         return None
+
+    def find(self, op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
+        """Return the kernel of ``op``; None only for names that are no op."""
+        own: dict[str, Callable[..., Any]] = {
+            "adamw": self.adamw,
+            "tree_sum": self.tree_sum,
+            "chunk_sumsq": self.chunk_sumsq,
+        }
+        return own.get(op) or activations.KERNELS.get(op)
 
     @torch.no_grad()
     def adamw(
