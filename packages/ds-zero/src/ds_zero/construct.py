@@ -13,13 +13,12 @@ from torch.utils import _pytree as pytree
 
 from .deferred import DeferredTensor, cell_of, deferred, is_deferred, materialised
 from .tape import evaluate, geometry_of, tensor_over
+from .texts import shown
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives
 
     from .mesh import Mesh
-
-_MAX_SHOWN = 8  # names in one message
 
 
 def prepare(model: nn.Module, mesh: Mesh, device: torch.device) -> None:
@@ -84,7 +83,7 @@ def _check_no_hooks(model: nn.Module, device: torch.device) -> None:
     ]
     if names:
         raise ValueError(
-            f"parameters without values have hooks, which would be lost: {', '.join(names[:_MAX_SHOWN])}; register "
+            f"parameters without values have hooks, which would be lost: {shown(names)}; register "
             "them after the model has been partitioned"
         )
 
@@ -199,7 +198,7 @@ def _check_ranks_agree(model: nn.Module, mesh: Mesh) -> None:
         table = comm.gather_rows(torch.tensor([number for _, number in prints], device=device))
         columns = (table != table[0]).any(dim=0).nonzero().flatten().tolist()
         names = [repr(prints[column].name) for column in columns]
-        what = f"{', '.join(names[:_MAX_SHOWN])}" + (f" and {len(names) - _MAX_SHOWN} more" * (len(names) > _MAX_SHOWN))
+        what = shown(names)
     raise ValueError(
         f"the models of ranks {differ} differ from rank 0's in {what}. Build the same model on every rank; under "
         "deferred() that includes the random seed (torch.manual_seed before the block)"

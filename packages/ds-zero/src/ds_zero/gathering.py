@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .intervals import agreed, from_rank
+from .texts import shown
 from .units import Phase, Presence
 
 if TYPE_CHECKING:
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from .layout import Slot
     from .mesh import Mesh
     from .units import Residency, Unit
-
-_MAX_SHOWN = 8  # parameters in one message
 
 
 class Target(NamedTuple):
@@ -50,10 +49,10 @@ def whole_within(
         mesh: The ranks.
         writer: The rank whose changes count; None: nobody's.
     """
+    index = None if writer is None else _shard_index(writer, mesh)
     added = [unit for unit in units if unit not in residency.in_use]
     for unit in units:
         residency.need(unit, Phase.FORWARD)
-    index = None if writer is None else _shard_index(writer, mesh)
     copies = not units or mesh.everyone.rank == index
     before = [_before(target.param, copies=copies) for target in targets]
     kept = False
@@ -95,11 +94,10 @@ def _agreed_changes(targets: Sequence[Target], before: Sequence[_Before], mesh: 
     }
     if not lost:
         return written
-    names = ", ".join(list(lost)[:_MAX_SHOWN]) + (f" and {len(lost) - _MAX_SHOWN} more" * (len(lost) > _MAX_SHOWN))
     who = "no rank may" if index is None else "only the rank of writeback_from may"
     raise RuntimeError(
-        f"{names}: changed within gathered(), where {who} change parameters; all changes of the block were undone. Say "
-        "gathered(..., writeback_from=RANK), and make the change on that rank (or the same one on all)"
+        f"{shown(lost)}: changed within gathered(), where {who} change parameters; all changes of the block were "
+        "undone. Say gathered(..., writeback_from=RANK), and make the change on that rank (or the same one on all)"
     )
 
 
@@ -107,7 +105,7 @@ def _check_shapes(targets: Sequence[Target], misshapen: Sequence[bool]) -> None:
     names = [target.slot.name for target, wrong in zip(targets, misshapen, strict=True) if wrong]
     if names:
         raise ValueError(
-            f"{', '.join(names[:_MAX_SHOWN])}: given data of another shape within gathered() on some rank; all changes "
+            f"{shown(names)}: given data of another shape within gathered() on some rank; all changes "
             "of the block were undone. Shapes cannot change once a model is partitioned"
         )
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from .flat import Flat, Segment
+from .texts import shown
 
 if TYPE_CHECKING:
     from ds_core.protocols import Json, StateSource
 
 PLAIN = (bool, int, float, str, type(None))
-_MAX_SHOWN = 8  # problems in one message
 
 Key = tuple[str, str]
 """Role and name of a tensor."""
@@ -122,10 +122,7 @@ def check_tensors(shapes: Mapping[Key, torch.Size], source: StateSource, *, stri
     if strict:
         problems += [f"{role} {name!r} is missing there" for role, name in shapes if (role, name) not in held]
     if problems:
-        more = f", and {len(problems) - _MAX_SHOWN} more" if len(problems) > _MAX_SHOWN else ""
-        raise ValueError(
-            f"the state to load does not fit: {'; '.join(problems[:_MAX_SHOWN])}{more}; nothing was changed"
-        )
+        raise ValueError(f"the state to load does not fit: {shown(problems, between='; ')}; nothing was changed")
     return held.keys() & shapes.keys()
 
 

@@ -13,14 +13,13 @@ from torch import Tensor, nn
 from . import state
 from .intervals import agreed
 from .safetensors_io import SINGLE, Planned, SafetensorsWriter, TensorFiles, split
+from .texts import shown
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives, Json
 
     from .access import Access
     from .sharded import Sharded
-
-_MAX_SHOWN = 8  # names in one message
 
 
 def load_safetensors(
@@ -69,11 +68,9 @@ def load_safetensors(
         known |= {name: "param" for name, _ in sharded.module.named_parameters()}
         source = _Files(files, known, state.aliases(sharded.module), rename or str)
         if strict and source.unused:
-            shown = ", ".join(map(repr, source.unused[:_MAX_SHOWN]))
-            more = f" and {len(source.unused) - _MAX_SHOWN} more" if len(source.unused) > _MAX_SHOWN else ""
             raise ValueError(
-                f"{path} holds tensors that the model has not: {shown}{more}; nothing was changed. Map the names with "
-                "rename, or ignore them with strict=False"
+                f"{path} holds tensors that the model has not: {shown(map(repr, source.unused))}; "
+                "nothing was changed. Map the names with rename, or ignore them with strict=False"
             )
         sharded.load_state(source, optimizer=False, strict=strict)
         return source.unused
