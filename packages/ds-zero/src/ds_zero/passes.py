@@ -77,6 +77,7 @@ class Reducer:
         self._in_flight: deque[Unit] = deque()
         self.sync = True
         self.num_passes = 0  # since the last reset
+        self.unsent = False  # whether gradients of the last pass were kept on this rank
         self._partial = set(self._units)  # not known to have a gradient for each parameter
         self._expected: Counter[Unit] = Counter()  # gradients of partial units in this pass
         self._asked: set[tuple[Unit, int]] = set()  # in which graphs
@@ -137,8 +138,11 @@ class Reducer:
     def reset(self) -> None:
         """Forget an unfinished pass, and start to count passes anew."""
         self._finish_all()
+        if self._open:
+            self._on_end()
         self._close()
         self.num_passes = 0
+        self.unsent = False
 
     def _end(self) -> None:
         self._finish_all()
@@ -151,6 +155,7 @@ class Reducer:
                 self._learn_order()
             self._partial = {unit for unit in self._units if self._arrived[unit] < unit.num_trained}
             self.num_passes += 1
+            self.unsent = not self.sync
         self._close()
         self._on_end()
 
@@ -216,7 +221,8 @@ class Hooks:
         if sharded:
             for module in unit.modules:
                 module.register_forward_pre_hook(partial(self._before_forward, unit), with_kwargs=True, prepend=True)
-                module.register_forward_hook(partial(self._after_forward, unit))
+                # always: a forward that raised does not use the unit any more, either
+                module.register_forward_hook(partial(self._after_forward, unit), always_call=True)
 
     def guard(self, model: nn.Module) -> None:
         """Refuse a forward pass after a backward pass that was cut off; open passes in the caller's graph."""
@@ -235,7 +241,8 @@ class Hooks:
             )
 
     def _watch_outputs(self, _module: nn.Module, _args: Any, output: Any) -> None:
-        self._reads.depth -= 1
+        # a hook that raised before ours had not counted the pass
+        self._reads.depth = max(0, self._reads.depth - 1)
         if torch.is_grad_enabled() and not in_backward():
             for tensor in pytree.tree_leaves(output):
                 if isinstance(tensor, Tensor) and tensor.grad_fn is not None:

@@ -39,6 +39,12 @@ _MAX_NORM_ROWS = 1 << 21
 """Subtree roots gathered at a time, 16 MB: those of 8.6e9 gradient elements. More only for a unit that has more."""
 
 
+_UNSENT = (
+    "the last backward pass kept its gradients on this rank, so the sums lack them: the last backward pass of a step "
+    "has to send (outside no_sync, or after set_sync(enabled=True)); or forget all gradients with drop_gradients()"
+)
+
+
 class GradNorm(NamedTuple):
     """Norm of the mean gradient."""
 
@@ -288,6 +294,8 @@ class Sharded:
             )
         if self.micro_batches == 0:
             raise RuntimeError("no backward pass since the last step: call loss.backward() first")
+        if self._reducer.unsent:
+            raise RuntimeError(_UNSENT)
         return 1.0 / (self.micro_batches * self._shared.mesh.everyone.size)
 
     def _measure_norm(self, scale: float) -> GradNorm:
