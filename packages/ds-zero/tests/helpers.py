@@ -10,6 +10,9 @@ import torch
 from ds_testkit import Rank, RankPool
 from ds_testkit.models import Transformer, micro_batch, seeded
 from ds_testkit.state import Exported, State, assembled, exported
+from ds_zero import links
+from ds_zero.host import HostCollectives
+from ds_zero.kernels import TorchKernels
 
 
 class Run(NamedTuple):
@@ -81,3 +84,10 @@ def train(rank: Rank, run: Run) -> Result:
 def assemble_run(ranks: RankPool, run: Run, size: int) -> State:
     """Train on ``size`` ranks and return the whole state."""
     return assembled(result.pieces for result in ranks.run(train, run, size=size))
+
+
+def join(rank: Rank, *, timeout: float = 60.0) -> HostCollectives:
+    """Connect the ranks of one host anew, with a timeout of its own."""
+    connected = links.connect(rank.group, range(rank.size), 30.0)
+    assert connected is not None
+    return HostCollectives(rank.group, range(rank.size), connected, TorchKernels(), timeout)

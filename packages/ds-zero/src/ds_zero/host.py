@@ -14,6 +14,7 @@ Memory: none but that of staged data. The pages a rank reads count in its reside
 
 from __future__ import annotations
 
+import errno
 import select
 import socket
 import struct
@@ -38,6 +39,8 @@ _FD = struct.Struct("i")
 ROWS = 1 << 20
 """Key of ``gather_rows``, apart from those of buffers."""
 
+_LATER = (errno.EAGAIN, errno.ETOOMANYREFS)  # a socket is full, or a user's descriptors under way are too many
+_PAUSE = 0.001  # seconds
 _VERBS = 3  # each buffer's key stands for so many calls: gather, reduce, exchange
 
 
@@ -176,7 +179,8 @@ class HostCollectives:
             news = Record(Kind.GONE, *name, window=self._windows.gone.pop())
             for peer in self._peers:
                 self._send(peer, news)
-        staged: dict[int, tuple[int, int]] = {}  # places of copies, by the data's address: one serves all peers
+        # places of copies, by the data's address and size: one serves all peers
+        staged: dict[tuple[int, int], tuple[int, int]] = {}
         for peer in self._peers:
             self._announce(call, peer, outgoing[peer], staged)
         for peer, record in self._early.pop(name, {}).items():
@@ -184,7 +188,7 @@ class HostCollectives:
         self._serve(0.0)
         return call
 
-    def _announce(self, call: Call, peer: int, data: Tensor, staged: dict[int, tuple[int, int]]) -> None:
+    def _announce(self, call: Call, peer: int, data: Tensor, staged: dict[tuple[int, int], tuple[int, int]]) -> None:
         """Tell ``peer`` where ``data`` lie."""
         if not data.numel():
             self._send(peer, call.ready)
@@ -193,9 +197,10 @@ class HostCollectives:
         window, offset = self._windows.at.get(start, (-1, 0))
         offset += address - start
         if window < 0:
-            if address not in staged:
-                staged[address] = self._stage(call, data)
-            window, offset = staged[address]
+            name = address, data.nbytes
+            if name not in staged:
+                staged[name] = self._stage(call, data)
+            window, offset = staged[name]
         record = Record(*call.ready[:3], window, offset, data.nbytes)
         self._send(peer, record)
 
@@ -249,11 +254,15 @@ class HostCollectives:
             ancillary = [] if fd is None else [(socket.SOL_SOCKET, socket.SCM_RIGHTS, _FD.pack(fd))]
             try:
                 connection.sendmsg([_FORMAT.pack(*unsent[0])], ancillary)
-            except BlockingIOError:
-                self._poll.modify(connection, select.POLLIN | select.POLLOUT)
-                return
             except (BrokenPipeError, ConnectionResetError):
                 self._ended.add(peer)  # whoever waits for it says so
+            except OSError as error:
+                if error.errno not in _LATER:
+                    raise
+                if error.errno == errno.ETOOMANYREFS:
+                    time.sleep(_PAUSE)  # poll() does not wait for others to take theirs
+                self._poll.modify(connection, select.POLLIN | select.POLLOUT)
+                return
             unsent.popleft()
             if fd is not None:
                 self._windows.delivered(window, peer)
@@ -271,11 +280,11 @@ class HostCollectives:
     def _receive(self, peer: int) -> bool:
         """Take in one record; False if there is none."""
         try:
-            data, ancillary, _, _ = self._sockets[peer].recvmsg(_FORMAT.size, socket.CMSG_SPACE(_FD.size))
+            data, ancillary, flags, _ = self._sockets[peer].recvmsg(_FORMAT.size, socket.CMSG_SPACE(_FD.size))
         except BlockingIOError:
             return False
         except ConnectionResetError:
-            data, ancillary = b"", []
+            data, ancillary, flags = b"", [], 0
         if not data:  # all its records have been read
             self._poll.unregister(self._sockets[peer])
             self._ended.add(peer)
@@ -283,6 +292,12 @@ class HostCollectives:
             return False
         record = Record(*_FORMAT.unpack(data))
         name = record.call, record.turn
+        if flags & socket.MSG_CTRUNC:
+            raise OSError(
+                errno.EMFILE,
+                f"rank {self.rank} has no file descriptor left for memory of rank {peer}: raise the limit (ulimit -n), "
+                "or say host_memory: false",
+            )
         if ancillary:
             self._mapped[peer, record.window] = map_window(*_FD.unpack(ancillary[0][2]))
         if record.kind == Kind.GONE:

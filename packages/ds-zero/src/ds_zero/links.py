@@ -35,8 +35,10 @@ def connect(group: dist.ProcessGroup, members: Sequence[int], timeout: float) ->
     Raises:
         TimeoutError: A rank did not connect within ``timeout`` seconds.
     """
-    own, listener, token = members.index(dist.get_rank(group)), _listen(len(members)), secrets.token_bytes(16)
-    mine = None if listener is None else (_host(), listener.getsockname(), token)
+    own, token = members.index(dist.get_rank(group)), secrets.token_bytes(16)
+    host = _host()
+    listener = None if host is None else _listen(len(members))
+    mine = None if host is None or listener is None else (host, listener.getsockname(), token)
     # what process groups exchange as objects is pickled, but comes from ranks that run this same program
     everyone: list[tuple[str, bytes, bytes] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(everyone, mine, group=group)
@@ -79,7 +81,13 @@ def _listen(backlog: int) -> socket.socket | None:
     return listener
 
 
-def _host() -> str:
-    """Return what two processes share exactly if abstract addresses of one can be reached from the other."""
-    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    return f"{boot} {Path('/proc/self/ns/net').readlink()}"
+def _host() -> str | None:
+    """Return what two processes share exactly if abstract addresses of one can be reached from the other.
+
+    None where the system does not say.
+    """
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/net').readlink()}"
+    except OSError:
+        return None

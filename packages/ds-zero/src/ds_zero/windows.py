@@ -48,6 +48,7 @@ class Windows:
         self.gone: list[int] = []  # that went away; whoever tells their readers empties it
         self.undelivered: dict[tuple[int, int], int] = {}  # descriptors, by window and reader
         self._num_made = 0
+        weakref.finalize(self, _close_all, self.undelivered).atexit = False
 
     def allocate(self, numel: int, like: Tensor) -> Tensor:
         """Return 1D zeros of ``like``'s data type in a window.
@@ -76,7 +77,8 @@ class Windows:
         memory, window = _map(fd, nbytes), self._num_made
         self._num_made += 1
         self.undelivered |= {(window, reader): fd for reader in self._readers}
-        weakref.finalize(memory, self._forget, window).atexit = False
+        # weakly: a finalizer that held this object would hold the chunk in it, and so itself
+        weakref.finalize(memory, _forget, weakref.ref(self), window).atexit = False
         return memory, window
 
     def delivered(self, window: int, reader: int) -> None:
@@ -85,11 +87,24 @@ class Windows:
         if fd not in self.undelivered.values():
             os.close(fd)
 
-    def _forget(self, window: int) -> None:
+    def forget(self, window: int) -> None:
+        """Note that a window's memory is free."""
         for reader in self._readers:
             if (window, reader) in self.undelivered:
                 self.delivered(window, reader)
         self.gone.append(window)
+
+
+def _forget(windows: weakref.ref[Windows], window: int) -> None:
+    alive = windows()
+    if alive is not None:
+        alive.forget(window)
+
+
+def _close_all(undelivered: dict[tuple[int, int], int]) -> None:
+    for fd in set(undelivered.values()):
+        os.close(fd)
+    undelivered.clear()
 
 
 def map_window(fd: int) -> Memory:
