@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import weakref
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from ds_zero.board import Board, RankError
 from ds_zero.checked import CheckedCollectives, Label
 from ds_zero.collectives import PeerCollectives
 from ds_zero.kernels import TorchKernels
+from ds_zero.watch import Aside, Watch
 
 pytestmark = pytest.mark.rung_c
 
@@ -101,6 +104,70 @@ def test_on_two_nodes_the_group_is_named() -> None:
         # of a node or of those with one index on all nodes: whichever meets first
         group = r"(the node of ranks \d to \d|ranks \d, \d of their nodes)"
         assert re.search(rf"rank 0 of {group}: \w+ of unit 'blocks", process.out)
+
+
+def test_a_rank_that_does_not_write_for_a_while_is_not_lost() -> None:
+    """One long call may hold the lock of the interpreter, so that no other thread of the process runs."""
+    for process in launch("hold18", 1, size=2, stage=2, watchdog_timeout=60.0):
+        assert (process.code, process.out) == (0, "trained\n"), process.err
+
+
+def test_a_program_that_has_been_told_is_left_alone() -> None:
+    ended = launch("sleep1.3", 1, size=2, stage=2, watchdog_timeout=1.5, fingerprint_timeout=0.8, last_words=4.0)
+    for process in ended:
+        assert process.code == 1, process.err
+        assert "has not come within 0.8 s" in process.out
+        assert "last words" in process.out
+
+
+class Silent:
+    """A board of one rank; nobody else is there."""
+
+    rank, size, told = 0, 1, False
+
+    def __init__(self) -> None:
+        self.written: list[str] = []
+
+    def put(self, key: str, _value: object) -> None:
+        self.written.append(key)
+
+
+def test_a_forked_process_does_not_speak_for_its_parent(monkeypatch: pytest.MonkeyPatch) -> None:
+    board = Silent()
+    watch = Watch(cast("Board", board), 10.0)
+    with monkeypatch.context() as child:
+        child.setattr(os, "getpid", lambda: -1)
+        watch.close()
+        watch._on_exception(KeyboardInterrupt, KeyboardInterrupt(), None)
+    assert not board.written
+    assert not board.told
+    watch.close()
+    assert board.written == ["beat/0"]
+
+
+def test_bad_news_that_come_before_the_wait_are_not_missed() -> None:
+    aside = Aside()
+    aside.interrupt()
+    with pytest.raises(InterruptedError):
+        aside.run(lambda: 3)
+    aside.close()
+
+
+def test_what_was_waited_for_is_let_go() -> None:
+    class Result:
+        def wait(self) -> int:
+            return 3
+
+    result, aside = Result(), Aside()
+    gone = weakref.ref(result)
+    assert aside.run(result.wait) == 3
+    del result
+    thread = aside._thread
+    assert thread is not None
+    aside.close()
+    thread.join(10.0)
+    assert not thread.is_alive()
+    assert gone() is None
 
 
 def test_a_rank_that_has_left_is_named() -> None:

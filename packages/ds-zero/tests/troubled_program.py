@@ -6,6 +6,7 @@ third step, in block 1. A rank that survives prints the text of the RankError th
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import signal
@@ -69,6 +70,7 @@ def fail() -> None:
 
 def main() -> None:
     what, troubled, settings = sys.argv[1], int(sys.argv[2]), json.loads(sys.argv[3])
+    settings.pop("last_words", None)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     afflicted = dist.get_rank() == troubled
@@ -84,6 +86,8 @@ def main() -> None:
                 model.blocks[1].trouble = fail
             elif what.startswith("sleep"):
                 model.blocks[1].trouble = lambda: time.sleep(float(what.removeprefix("sleep")))
+            elif what.startswith("hold"):
+                ctypes.PyDLL(None).sleep(int(what.removeprefix("hold")))  # with the interpreter's lock
             elif what == "leave":
                 return
         model(torch.ones(2, 8)).backward()
@@ -96,4 +100,7 @@ if __name__ == "__main__":
         main()
     except RankError as error:
         sys.stdout.write(f"RankError: {error}\n")
+        if (seconds := json.loads(sys.argv[3]).get("last_words", 0.0)) > 0:
+            time.sleep(seconds)  # as one who saves what can be saved
+            sys.stdout.write("last words\n")
         raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
@@ -33,6 +33,7 @@ class Board:
         store = group.get_group_store().clone()  # type: ignore[attr-defined]  # torch's stubs lack it
         number = store.add(f"ds-board/{self.rank}", 1)
         self._store = PrefixStore(f"ds-board/{number}", store)
+        self.told = False  # whether the program of this rank knows of a failure
 
     def put(self, key: str, value: Any) -> None:
         """Write a JSON value."""
@@ -54,6 +55,11 @@ class Board:
         """Tell all ranks why none can go on; returns what they are told: the first failure counts."""
         first: str = json.loads(self._ask(self._store.compare_set, _FAILURE, "", json.dumps(text)))
         return first
+
+    def end(self, text: str, cause: Exception | None = None) -> NoReturn:
+        """Tell the program of this rank, which calls this, why it cannot go on."""
+        self.told = True
+        raise RankError(text) from cause
 
     @property
     def failure(self) -> str | None:

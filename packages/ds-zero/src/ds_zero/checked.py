@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .board import Board, RankError
+from .texts import shown
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives, Handle
@@ -64,8 +65,7 @@ class Note(NamedTuple):
 
     def text(self) -> str:
         """Say it in words."""
-        more = f", and {len(self.params) - _SHOWN} more" if len(self.params) > _SHOWN else ""
-        params = f" ({', '.join(self.params[:_SHOWN])}{more})" if self.params else ""
+        params = f" ({shown(self.params, limit=_SHOWN)})" if self.params else ""
         unit = f" of unit {self.unit!r}{params}" if self.unit else ""
         return f"{self.op}{unit}, {self.shape}, call {self.call}, {self.phase}"
 
@@ -177,12 +177,12 @@ class CheckedCollectives:
             failure = self._board.failure
             if failure is None:
                 raise
-            raise RankError(failure) from error
+            self._board.end(failure, error)
 
     def _raise_failure(self) -> None:
         failure = self._board.failure
         if failure is not None:
-            raise RankError(failure)
+            self._board.end(failure)
 
     def _write(self, op: str, key: int, shape: object, sent: Tensor) -> _Ticket:
         self._raise_failure()
@@ -250,4 +250,4 @@ class CheckedCollectives:
         sides = sorted([(self.rank, own.text()), (rank, other)])
         of = "" if self.size == self._board.size else f" of {self._who}"
         lines = "\n".join(f"  rank {who}{of}: {what}" for who, what in sides)
-        raise RankError(self._board.fail(f"the collectives of the ranks do not match\n{lines}\n{_ADVICE}"))
+        self._board.end(self._board.fail(f"the collectives of the ranks do not match\n{lines}\n{_ADVICE}"))

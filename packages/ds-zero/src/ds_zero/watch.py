@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 _BEATS = 10  # per timeout, at most one each second
 _RANKS_PER_SECOND = 2000  # that a store can serve
-_LOST_BEATS, _LOST_SECONDS = 10, 5.0  # a rank that has not written for so long is lost
+_LOST_BEATS, _LOST_SECONDS = 10, 60.0  # a rank that has not written for so long is lost; a long call may hold the GIL
 _READERS = 10  # ranks that look for lost ones while they wait; more would only load the store
 _MAX_GRACE = 30.0  # seconds
 _TAIL = 12  # lines of a traceback
@@ -97,22 +97,25 @@ class Aside:
     """
 
     def __init__(self) -> None:
-        self._jobs: SimpleQueue[_Job] = SimpleQueue()
+        self._jobs: SimpleQueue[_Job | None] = SimpleQueue()  # None: the last one
         self._current: _Job | None = None
+        self._interrupted = False
         self._thread: threading.Thread | None = None
 
     def run(self, call: Callable[[], T]) -> T:
         """Return what ``call`` returns, or raise what it raises.
 
         Raises:
-            InterruptedError: :meth:`interrupt` was called before it was done.
+            InterruptedError: :meth:`interrupt` was called before it was done, or before it was asked for.
         """
         if self._thread is None:
             self._thread = threading.Thread(target=self._serve, name="ds-zero waits", daemon=True)
             self._thread.start()
         job = self._current = _Job(call)
-        self._jobs.put(job)
-        job.done.wait()
+        if not self._interrupted:  # looked at after the job is known: whoever interrupts finds it, or is seen here
+            self._jobs.put(job)
+            job.done.wait()
+        self._current = None  # it would keep what it waited for alive
         if job.error is not None:
             raise job.error
         if not job.finished:
@@ -121,20 +124,26 @@ class Aside:
         return result
 
     def interrupt(self) -> None:
-        """Let the caller go on, whatever becomes of its call."""
-        if self._current is not None:
-            self._current.done.set()
+        """Let the caller go on, whatever becomes of its call; none is made any more."""
+        self._interrupted = True
+        job = self._current
+        if job is not None:
+            job.done.set()
+
+    def close(self) -> None:
+        """End the thread, after the call that it makes."""
+        self._jobs.put(None)
 
     def _serve(self) -> None:
         torch.set_grad_enabled(False)
-        while True:
-            job = self._jobs.get()
+        while (job := self._jobs.get()) is not None:
             try:
                 job.result = job.call()
                 job.finished = True
             except BaseException as error:  # noqa: BLE001 - raised in the caller's thread
                 job.error = error
             job.done.set()
+            del job  # and with it what it waited for, while there is nothing to do
 
 
 class Watch:
@@ -155,11 +164,11 @@ class Watch:
         self._number = 0
         self._news: News = {}
         self._failure: str | None = None
-        self._told = False  # the program knows of the failure
         self._stop = threading.Event()
         self._aside = Aside()
         self._watched = threading.get_ident()
         self._before = sys.excepthook
+        self._process = os.getpid()  # a forked one inherits the hook and the connection, which are not its own
         self._thread = threading.Thread(target=self._run, name="ds-zero watch", daemon=True)
 
     def start(self) -> None:
@@ -172,9 +181,10 @@ class Watch:
 
     def close(self) -> None:
         """End in good order."""
-        if self._stop.is_set():
+        if self._stop.is_set() or os.getpid() != self._process:
             return
         self._stop.set()
+        self._aside.close()
         if sys.excepthook == self._on_exception:
             sys.excepthook = self._before
         try:
@@ -216,15 +226,12 @@ class Watch:
             self.check()
             raise
         except (RuntimeError, OSError) as error:
-            text = self._explain(what, error)
-            self._told = True
-            raise RankError(text) from error
+            self._board.end(self._explain(what, error), error)
 
     def check(self) -> None:
         """Raise :class:`RankError` if another rank has failed."""
         if self._failure is not None:
-            self._told = True
-            raise RankError(self._failure)
+            self._board.end(self._failure)
 
     # The thread #
 
@@ -273,12 +280,12 @@ class Watch:
 
     @property
     def _lost_seconds(self) -> float:
-        return max(_LOST_BEATS * self._interval, _LOST_SECONDS)
+        return max(_LOST_BEATS * self._interval, min(_LOST_SECONDS, self._timeout))
 
     def _end(self, failure: str) -> None:
         self._failure = failure
         self._aside.interrupt()
-        if not self._stop.wait(self._grace) and not self._told:
+        if not self._stop.wait(self._grace) and not self._board.told:
             sys.stderr.write(f"rank {self.rank} is ended, because none can go on: {failure}\n")
             sys.stderr.flush()
             os._exit(_EXIT)
@@ -351,7 +358,10 @@ class Watch:
 
     def _on_exception(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         """Tell the other ranks why this one ends, and stay until they know: it may hold the store."""
-        self._told = True
+        if os.getpid() != self._process:
+            self._before(kind, error, trace)
+            return
+        self._board.told = True
         try:
             if not issubclass(kind, RankError):
                 lines = "".join(traceback.format_exception(kind, error, trace)).splitlines()
