@@ -2,9 +2,10 @@
 #pragma once
 
 #include "kernel_table.h"
+#include "loss_instances.h"
 #include "optimizer_instances.h"
 #include "reduction_instances.h"
 
 // A macro and not a function: the table must be a constant in the file, because code that runs while the
 // module is loaded must not use instructions the processor may lack.
-#define DS_KERNELS_TABLE(name) {name, DS_KERNELS_OPTIMIZERS, DS_KERNELS_REDUCTIONS}
+#define DS_KERNELS_TABLE(name) {name, DS_KERNELS_LOSSES, DS_KERNELS_OPTIMIZERS, DS_KERNELS_REDUCTIONS}

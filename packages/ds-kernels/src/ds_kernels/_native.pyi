@@ -18,6 +18,20 @@ class Kernels:
         numbers: tuple[int, float, float, float, float, float, float, bool],
         /,
     ) -> None: ...
+    def cross_entropy(
+        self,
+        logits: int,
+        target: int,
+        scales: int,
+        losses: int,
+        rows: int,
+        columns: int,
+        logits_format: int,
+        differentiate: bool,
+        threads: int,
+        terms: tuple[int, float, float],
+        /,
+    ) -> None: ...
     def tree_sum(
         self, out: int, pieces: list[int], numel: int, piece_format: int, out_format: int, threads: int, /
     ) -> None: ...

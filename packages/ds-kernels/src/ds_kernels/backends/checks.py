@@ -65,6 +65,23 @@ def check_chunk_sumsq(x: Tensor, chunk: int) -> None:
         raise ValueError(f"x must be whole chunks of {chunk} elements; got {x.numel()}; pad it with zeros")
 
 
+def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
+    """Check that targets in host memory are classes; elsewhere that would make the device wait.
+
+    Raises:
+        ValueError: If one is not.
+    """
+    if target.device.type != "cpu":
+        return
+    wrong = ((target < 0) | (target >= num_classes)) & (target != ignore_index)
+    if wrong.any():
+        first = int(wrong.nonzero()[0])
+        raise ValueError(
+            f"targets must be classes 0 ... {num_classes - 1} or ignore_index={ignore_index}; got {int(target[first])} "
+            f"at token {first}"
+        )
+
+
 def check_cpu(name: str, tensor: Tensor) -> None:
     """Check that ``tensor`` is in host memory.
 

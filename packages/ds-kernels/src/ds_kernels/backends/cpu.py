@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_adam, check_chunk_sumsq, check_cpu, check_tree_sum, mark_written
+from .native import losses
 from .native.module import FORMATS, native, unusable
 
 if TYPE_CHECKING:
@@ -57,6 +59,8 @@ class CpuBackend:
             "tree_sum": self.tree_sum,
             "chunk_sumsq": self.chunk_sumsq,
         }
+        if (kernel := losses.KERNELS.get(op)) is not None:
+            return functools.partial(kernel, native(self.isa))
         return own.get(op)
 
     def adamw(

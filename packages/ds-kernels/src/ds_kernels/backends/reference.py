@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .checks import SQUARE_BLOCK, check_adam, check_chunk_sumsq, check_tree_sum
-from .plain import activations
+from .plain import activations, losses
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
@@ -46,7 +46,7 @@ class ReferenceBackend:
             "tree_sum": self.tree_sum,
             "chunk_sumsq": self.chunk_sumsq,
         }
-        return own.get(op) or activations.KERNELS.get(op)
+        return own.get(op) or activations.KERNELS.get(op) or losses.KERNELS.get(op)
 
     @torch.no_grad()
     def adamw(
