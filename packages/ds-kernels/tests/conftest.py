@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 from ds_kernels import AdamHyper, CpuBackend, ReferenceBackend
+from ds_testkit.cuda_on_host import HostBackend
 from torch import Tensor
 
 ISAS = ("scalar", "avx2", "avx512")
@@ -20,7 +21,10 @@ def _backends() -> list[pytest.param]:
         reason = backend.unusable()
         skip = pytest.mark.skipif(reason is not None, reason=str(reason))
         rows.append(pytest.param(backend, id=f"cpu-{isa}", marks=skip))
-    return rows
+    on_host = HostBackend()
+    reason = on_host.unusable()
+    skip = pytest.mark.skipif(reason is not None, reason=str(reason))
+    return [*rows, pytest.param(on_host, id="nvrtc-on-host", marks=skip)]
 
 
 @pytest.fixture(autouse=True)
@@ -30,8 +34,17 @@ def _fixed_seed() -> None:
 
 @pytest.fixture(params=_backends())
 def backend(request):
-    """Every backend, the cpu one once for each instruction set."""
+    """Every backend, the cpu one once for each instruction set, the GPU kernels on the CPU."""
     return request.param
+
+
+@pytest.fixture
+def on_host() -> HostBackend:
+    """The GPU kernels, run on the CPU."""
+    backend = HostBackend()
+    if (reason := backend.unusable()) is not None:
+        pytest.skip(reason)
+    return backend
 
 
 @pytest.fixture

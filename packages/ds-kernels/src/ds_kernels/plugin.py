@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .adamw import AdamMaker
 from .backends.cpu import CpuBackend
+from .backends.nvrtc.backend import NvrtcBackend
 from .backends.reference import ReferenceBackend
 from .config import AdamConfig
 
@@ -57,6 +58,7 @@ class AdamPlugin:
 
 
 cpu: Plugin = BackendPlugin(CpuBackend)
+nvrtc: Plugin = BackendPlugin(NvrtcBackend)
 reference: Plugin = BackendPlugin(ReferenceBackend)
 adam: Plugin = AdamPlugin("Adam")
 adamw: Plugin = AdamPlugin("AdamW")

@@ -18,10 +18,18 @@ from .discovery import load, offers
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
 
+
+def _nvrtc() -> KernelBackend:
+    # Imported here: a process without a GPU should not pay for it.
+    from .backends.nvrtc.backend import NvrtcBackend
+
+    return NvrtcBackend()
+
+
 _BUILT_IN: Mapping[str, Callable[[], KernelBackend]] = MappingProxyType(
-    {"cpu": CpuBackend, "reference": ReferenceBackend}
+    {"cpu": CpuBackend, "nvrtc": _nvrtc, "reference": ReferenceBackend}
 )
-_ORDER: Mapping[str, Sequence[str]] = MappingProxyType({"cpu": ("cpu", "reference")})
+_ORDER: Mapping[str, Sequence[str]] = MappingProxyType({"cpu": ("cpu", "reference"), "cuda": ("nvrtc", "reference")})
 _Key: TypeAlias = "tuple[str, str, torch.dtype]"  # op, type of device, data type
 _logger = logging.getLogger(__package__)
 
@@ -88,8 +96,8 @@ class Registry:
         """Choose the backend ``name`` from now on; as a context manager, until the block ends.
 
         Args:
-            name: ``cpu``, ``reference``, or a name that an installed distribution offers. The two built-in
-                names always mean the built-in backends.
+            name: ``cpu``, ``nvrtc``, ``reference``, or a name that an installed distribution offers. The
+                built-in names always mean the built-in backends.
 
         Returns:
             A context manager that gives the backend, and puts back what was chosen before this call.
@@ -220,7 +228,7 @@ def use_backend(name: str) -> Use:
     """Choose the kernel backend of this process; see :meth:`Registry.use`.
 
     Args:
-        name: ``cpu``, ``reference``, or a name that an installed distribution offers.
+        name: ``cpu``, ``nvrtc``, ``reference``, or a name that an installed distribution offers.
 
     Returns:
         A context manager; leaving it puts the earlier choice back. Not entering it makes the choice last.
@@ -238,13 +246,12 @@ def use_backend(name: str) -> Use:
 
 
 def _usable_for(device: torch.device) -> list[KernelBackend]:
-    usable = []
-    for name in _ORDER.get(device.type, ("reference",)):
-        backend = _BUILT_IN[name]()
-        reason = backend.unusable()
-        if reason is None:
-            usable.append(backend)
-        else:
-            _logger.warning("the kernel backend %r cannot run here: %s; using %r (slower)", name, reason, "reference")
+    candidates = [_BUILT_IN[name]() for name in _ORDER.get(device.type, ("reference",))]
+    reasons = [backend.unusable() for backend in candidates]
+    usable = [backend for backend, reason in zip(candidates, reasons) if reason is None]
+    for backend, reason in zip(candidates, reasons):
+        if reason is not None:
+            message = "the kernel backend %r cannot run here: %s; using %r (slower)"
+            _logger.warning(message, backend.name, reason, usable[0].name)
     _logger.info("kernels for %s are taken from: %s", device.type, ", ".join(backend.name for backend in usable))
     return usable

@@ -82,17 +82,23 @@ def check_target(target: Tensor, num_classes: int, ignore_index: int) -> None:
         )
 
 
-def check_cpu(name: str, tensor: Tensor) -> None:
-    """Check that ``tensor`` is in host memory.
+def check_device(backend: str, device_type: str, name: str, tensor: Tensor) -> None:
+    """Check that ``tensor`` is in memory that the kernels of ``backend`` reach.
 
     Raises:
         ValueError: If it is not.
     """
-    if tensor.device.type != "cpu":
+    if tensor.device.type != device_type:
+        where = "host memory" if device_type == "cpu" else f"memory of {device_type} devices"
         raise ValueError(
-            f"the backend 'cpu' works on tensors in host memory; got {name} on {tensor.device}; "
+            f"the backend {backend!r} works on tensors in {where}; got {name} on {tensor.device}; "
             "choose the backend 'reference' for this device"
         )
+
+
+def check_cpu(name: str, tensor: Tensor) -> None:
+    """Check that ``tensor`` is in host memory; see :func:`check_device`."""
+    check_device("cpu", "cpu", name, tensor)
 
 
 def mark_written(*tensors: Tensor | None) -> None:

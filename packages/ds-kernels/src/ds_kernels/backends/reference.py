@@ -143,15 +143,15 @@ class ReferenceBackend:
         while sums.shape[1] > 1:
             half = sums.shape[1] // 2
             sums = sums[:, :half] + sums[:, half:]
-        return _tree(sums.view(x.numel() // chunk, chunk // SQUARE_BLOCK))
+        return tree_of_rows(sums.view(x.numel() // chunk, chunk // SQUARE_BLOCK))
 
 
-def _tree(rows: Tensor) -> Tensor:
+def tree_of_rows(rows: Tensor) -> Tensor:
     """Add up each row; see [Note: Square tree]."""
     num_rows, blocks = rows.shape
     if blocks == 1:
         return rows[:, 0]
     if blocks % 2:
-        return _tree(rows[:, :-1]) + rows[:, -1]
-    halves = _tree(rows.reshape(2 * num_rows, blocks // 2)).view(num_rows, 2)
+        return tree_of_rows(rows[:, :-1]) + rows[:, -1]
+    halves = tree_of_rows(rows.reshape(2 * num_rows, blocks // 2)).view(num_rows, 2)
     return halves[:, 0] + halves[:, 1]

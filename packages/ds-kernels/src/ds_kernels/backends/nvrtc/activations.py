@@ -1,0 +1,77 @@
+"""Activations after a bias on the GPU: one pass over memory each way."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_device
+from .kernel import FORMATS, PACKET, Kernel
+from .launcher import Launcher
+
+_THREADS = 256  # kTileThreads * kTileRows of cuda/bias_gelu.cuh
+_TILE_COLUMNS = 32 * PACKET
+_TILE_ROWS = 8
+_WANTED_BLOCKS = 2048  # several for each multiprocessor of any GPU
+_GELU = MappingProxyType({"none": "Erf", "tanh": "Tanh"})
+
+
+class _BiasGeluArgs(ctypes.Structure):
+    """``BiasGeluArgs`` of ``cuda/bias_gelu.cuh``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad", "x", "bias", "out", "bias_grad")),
+        *((name, ctypes.c_uint64) for name in ("rows", "columns", "slab")),
+    )
+
+
+def bias_gelu_kernel(dtype: torch.dtype, approximate: str, *, backward: bool) -> Kernel:
+    """Return the kernel for one data type and form of GELU."""
+    types = FORMATS[dtype], _GELU[approximate], str(backward).lower()
+    return Kernel("bias_gelu.cuh", "BiasGeluArgs", f"bias_gelu<{', '.join(types)}>", _THREADS)
+
+
+def bias_gelu(launch: Launcher, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
+    """Return ``gelu(x + bias)``; see :func:`ds_kernels.ops.bias_gelu`."""
+    check_device("nvrtc", launch.device_type, "x", x)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _run(launch, bias_gelu_kernel(x.dtype, approximate, backward=False), (None, x, bias), out)
+    return out
+
+
+def bias_gelu_backward(
+    launch: Launcher, grad: Tensor, x: Tensor, bias: Tensor | None, approximate: str
+) -> tuple[Tensor, Tensor]:
+    """Return the gradients of ``x`` and of ``bias``; the latter is empty where there is no bias."""
+    check_device("nvrtc", launch.device_type, "x", x)
+    grad_x = torch.empty_like(x, memory_format=torch.contiguous_format)
+    partial = _run(launch, bias_gelu_kernel(x.dtype, approximate, backward=True), (grad, x, bias), grad_x)
+    return grad_x, x.new_empty(0) if bias is None else partial.sum(0).to(bias.dtype)
+
+
+def _run(launch: Launcher, kernel: Kernel, inputs: tuple[Tensor | None, Tensor, Tensor | None], out: Tensor) -> Tensor:
+    """Fill ``out``; return the sums over slabs of rows that the bias's gradient is made of, ``[slabs, columns]``."""
+    grad, x, bias = inputs
+    columns = x.shape[-1] if x.dim() else 1
+    rows = x.numel() // columns if columns else 0
+    tiles = -(-columns // _TILE_COLUMNS)
+    slabs = max(1, min(-(-rows // _TILE_ROWS), _WANTED_BLOCKS // max(1, tiles)))
+    slab = -(-rows // slabs)
+    with_sums = grad is not None and bias is not None
+    partial = torch.zeros(slabs if with_sums else 0, columns, dtype=torch.float32, device=x.device)
+    if out.numel():
+        held = [None if t is None else t.contiguous() for t in inputs]
+        pointers = (None if t is None else t.data_ptr() for t in (*held, out, partial if with_sums else None))
+        launch(kernel, x.device, (tiles, slabs), _BiasGeluArgs(*pointers, rows, columns, slab))
+    return partial
+
+
+KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {"bias_gelu": bias_gelu, "bias_gelu_backward": bias_gelu_backward}
+)
+"""By name of the op; the first argument is the launcher."""

@@ -1,0 +1,103 @@
+// gelu(x + bias) over rows, forward and backward, in one pass over memory.
+//
+// A block holds a tile of 128 columns and goes down its slab of rows, 8 at a time: the bias is read once, and the
+// bias's gradient is summed over the slab in registers, then over the 8 rows in shared memory; the few rows of slabs
+// are added up by the caller. All sums have a fixed order.
+#pragma once
+
+#include "packet.cuh"
+
+namespace ds_kernels {
+
+constexpr int kTileThreads = 32;  // across: one packet each
+constexpr int kTileRows = 8;
+
+struct BiasGeluArgs {
+    const void* grad;  // of the result; forward: null
+    const void* x;
+    const void* bias;  // null: none
+    void* out;         // forward: the result; backward: the gradient of x
+    float* bias_grad;  // [slabs, columns]; null: none
+    Size rows;
+    Size columns;
+    Size slab;         // rows of a slab
+};
+
+struct Erf {
+    __device__ static float value(float u) { return 0.5f * u * (1.0f + erff(u * 0.70710678118654752f)); }
+    __device__ static float slope(float u) {
+        const float cdf = 0.5f * (1.0f + erff(u * 0.70710678118654752f));
+        return fmaf(u * 0.39894228040143268f, expf(-0.5f * u * u), cdf);
+    }
+};
+
+struct Tanh {
+    __device__ static float inner(float u) { return 0.79788456080286536f * fmaf(0.044715f * u * u, u, u); }
+    __device__ static float value(float u) { return 0.5f * u * (1.0f + tanhf(inner(u))); }
+    __device__ static float slope(float u) {
+        const float t = tanhf(inner(u));
+        const float inner_slope = 0.79788456080286536f * fmaf(0.134145f * u, u, 1.0f);
+        return fmaf(0.5f * u * inner_slope, 1.0f - t * t, 0.5f * (1.0f + t));
+    }
+};
+
+template <class Format, class Gelu, bool backward>
+__device__ inline void bias_gelu(const BiasGeluArgs& args) {
+    using Storage = typename Format::Storage;
+    __shared__ float sums[kTileRows][kTileThreads * kPacket];
+    const unsigned across = threadIdx.x % kTileThreads, down = threadIdx.x / kTileThreads;
+    const Size column = (Size(blockIdx.x) * kTileThreads + across) * kPacket;
+    const int left = column < args.columns ? (args.columns - column < kPacket ? int(args.columns - column) : kPacket) : 0;
+    const auto* const grad = static_cast<const Storage*>(args.grad);
+    const auto* const x = static_cast<const Storage*>(args.x);
+    const auto* const bias = static_cast<const Storage*>(args.bias);
+    auto* const out = static_cast<Storage*>(args.out);
+    const bool whole = args.columns % kPacket == 0 && left == kPacket && packet_aligned<Format>(grad) &&
+                       packet_aligned<Format>(x) && packet_aligned<Format>(bias) && packet_aligned<Format>(out);
+
+    const Packet b = bias == nullptr ? Packet{} : load<Format>(bias + column, whole, left);
+    const Size begin = blockIdx.y * args.slab;
+    const Size end = begin + args.slab < args.rows ? begin + args.slab : args.rows;
+    Packet sum{};
+    for (Size row = begin + down; row < end; row += kTileRows) {
+        const Size at = row * args.columns + column;
+        Packet u = load<Format>(x + at, whole, left);
+        Packet g{};
+        if constexpr (backward) g = load<Format>(grad + at, whole, left);
+#pragma unroll
+        for (int k = 0; k < kPacket; ++k) {
+            const float inside = u.at[k] + b.at[k];
+            if constexpr (backward) {
+                u.at[k] = g.at[k] * Gelu::slope(inside);
+                sum.at[k] += u.at[k];
+            } else {
+                u.at[k] = Gelu::value(inside);
+            }
+        }
+        store<Format>(out + at, u, whole, left);
+    }
+    if constexpr (backward) {
+        if (args.bias_grad == nullptr) {
+            return;
+        }
+#pragma unroll
+        for (int k = 0; k < kPacket; ++k) sums[down][across * kPacket + k] = sum.at[k];
+        __syncthreads();
+        for (int apart = kTileRows / 2; apart > 0; apart /= 2) {
+            if (int(down) < apart) {
+#pragma unroll
+                for (int k = 0; k < kPacket; ++k) {
+                    sums[down][across * kPacket + k] += sums[down + apart][across * kPacket + k];
+                }
+            }
+            __syncthreads();
+        }
+        if (down == 0) {
+            for (int k = 0; k < left; ++k) {
+                args.bias_grad[blockIdx.y * args.columns + column + k] = sums[0][across * kPacket + k];
+            }
+        }
+    }
+}
+
+}  // namespace ds_kernels

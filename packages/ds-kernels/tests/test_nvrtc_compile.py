@@ -1,0 +1,85 @@
+"""All GPU kernels compile for each GPU, within stated registers and shared memory, and spill nothing."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from typing import NamedTuple
+
+import pytest
+from ds_kernels.backends.nvrtc.catalog import all_kernels
+from ds_kernels.backends.nvrtc.compiler import compile_cubin
+from ds_kernels.backends.nvrtc.kernel import HEADERS
+
+ARCHES = ("sm_80", "sm_90", "sm_100")
+
+
+class Bound(NamedTuple):
+    """What a kernel may use, so that a multiprocessor (65,536 registers) holds enough threads to hide memory."""
+
+    registers: int
+    shared: int = 0
+
+
+# By header. 40 registers leave room for 1,536 threads of a multiprocessor, 48 for 1,280, 64 for 1,024.
+BOUNDS = {
+    "adamw.cuh": Bound(48),
+    "tree_sum.cuh": Bound(64),
+    "chunk_sumsq.cuh": Bound(40, shared=8 * 1024),
+    "bias_gelu.cuh": Bound(64, shared=4 * 1024),
+}
+
+
+def test_every_family_has_bounds():
+    assert {kernel.header for kernel in all_kernels()} == set(BOUNDS)
+
+
+def test_nvcc_compiles_all_kernels_within_their_bounds(tmp_path):
+    nvcc = shutil.which("nvcc")
+    if nvcc is None:
+        pytest.skip("there is no nvcc to compile the GPU kernels with")
+    kernels = all_kernels()
+    headers = sorted({kernel.header for kernel in kernels})
+    entries = [kernel.source.splitlines()[-1] for kernel in kernels]
+    source = tmp_path / "kernels.cu"
+    includes = [f'#include "{header}"' for header in headers]
+    source.write_text("\n".join([*includes, "using namespace ds_kernels;", *entries, ""]))
+    targets = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHES]
+    command = [nvcc, "-std=c++17", "-fmad=false", "--fatbin", "--threads=0", "-Xptxas=-v", "-Werror=all-warnings"]
+    command += [*targets, f"-I{HEADERS}", str(source), "-o", str(tmp_path / "kernels.fatbin")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    assert done.returncode == 0, done.stderr
+    used = _usage(done.stderr)
+    assert set(used) == {(kernel.name, arch) for kernel in kernels for arch in ARCHES}
+    over = []
+    for kernel in kernels:
+        bound = BOUNDS[kernel.header]
+        for arch in ARCHES:
+            registers, spilled, shared = used[kernel.name, arch]
+            if registers > bound.registers or spilled or shared > bound.shared:
+                over.append(f"{kernel.name} for {arch}: {registers} registers, {spilled} B spilled, {shared} B shared")
+    assert not over, "\n".join(over)
+
+
+def _usage(text):
+    """Registers, spilled bytes and shared memory by kernel and architecture, from what ptxas says."""
+    used = {}
+    for part in text.split("Compiling entry function '")[1:]:
+        name, arch = re.match(r"(\w+)' for '(\w+)'", part).groups()
+        stack = re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part)
+        shared = re.search(r"(\d+) bytes smem", part)
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        used[name, arch] = registers, sum(map(int, stack.groups())), int(shared.group(1)) if shared else 0
+    return used
+
+
+@pytest.mark.parametrize("arch", ARCHES)
+def test_nvrtc_compiles_one_kernel_of_each_family(arch):
+    if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
+        pytest.skip("cuda.core is not installed: pip install 'ds-kernels[cuda]'")
+    for kernel in {kernel.header: kernel for kernel in all_kernels()}.values():
+        cubin = compile_cubin(kernel, arch)
+        assert cubin.startswith(b"\x7fELF")
+        assert kernel.name.encode() in cubin
