@@ -74,7 +74,7 @@ class CudaLauncher:
         Raises:
             RuntimeError: If it cannot be compiled, loaded or launched.
         """
-        index = torch.cuda.current_device() if device.index is None else device.index
+        index = device.index
         stream = torch.cuda.current_stream(index).cuda_stream
         arch = self._arches.get(index)
         if arch is None:
