@@ -130,6 +130,69 @@ def test_mistakes_change_nothing() -> None:
     assert torch.equal(access.full_param("bias"), model.bias)
 
 
+def gone(rank: Rank, run: Run) -> str:
+    """Run the model within the block: what it gathered is partitioned again before the block ends."""
+    model, sharded = build(rank, run)
+    before = dict(sharded.access.stream())
+
+    def change_and_run() -> None:
+        with sharded.access.gathered(model.norm, writeback_from=0):
+            model.norm.weight.data.add_(1.0)
+            model(torch.full((2, 5), 1))
+
+    with pytest.raises(RuntimeError, match=r"norm: partitioned again within gathered\(\)") as caught:
+        change_and_run()
+    for name, value in sharded.access.stream():
+        assert torch.equal(value, before[name]), name
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("compute", [None, torch.bfloat16], ids=["fp32", "bf16"])
+def test_what_is_gone_from_a_block_is_an_error_on_all_ranks(ranks: RankPool, compute: torch.dtype | None) -> None:
+    texts = ranks.run(gone, Run(compute=compute, model={"tied": True}), size=2)
+    assert texts[0] == texts[1]
+
+
+def touched(rank: Rank, run: Run) -> None:
+    model, sharded = build(rank, run)
+    train_steps(rank, run, model, sharded, range(1))
+    before = sharded.access.full_param("head.weight")
+    assert not torch.equal(before, before.bfloat16().float())
+    with sharded.access.gathered(model.head, writeback_from=0), torch.no_grad():
+        model.head.weight[0] = 2.0
+    after = sharded.access.full_param("head.weight")
+    assert torch.equal(after[1:], before[1:])
+    assert (after[0] == 2.0).all()
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_masters_of_elements_that_a_block_left_alone_stay(ranks: RankPool, stage: int) -> None:
+    ranks.run(touched, Run(stage=stage, compute=torch.bfloat16), size=2)
+
+
+def disagreeing(rank: Rank, run: Run) -> None:
+    model, sharded = build(rank, run)
+    train_steps(rank, run, model, sharded, range(1))
+    access, before = sharded.access, sharded.access.full_param("norm.weight")
+    value = torch.full_like(before, float(rank.rank))
+    model(torch.full((2, 5), 1)).backward()
+    for change in (
+        lambda: access.set_full_param("norm.weight", value),
+        lambda: access.set_full_grad("norm.weight", value),
+        lambda: access.set_full_state("norm.weight", "exp_avg", value),
+    ):
+        with pytest.raises(ValueError, match="the ranks got different values for the whole of it; nothing was changed"):
+            change()
+    assert torch.equal(access.full_param("norm.weight"), before)
+    with pytest.raises(ValueError, match=r"no parameter 'norm.wieght'; it has .*\bnorm.weight"):
+        access.full_param("norm.wieght")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_whole_values_that_differ_between_ranks_are_refused(ranks: RankPool, stage: int) -> None:
+    ranks.run(disagreeing, Run(stage=stage), size=2)
+
+
 def gathered(rank: Rank, run: Run, writer: int) -> Any:
     """Change two of three parameters on one rank; the third keeps its exact master."""
     model, sharded = build(rank, run)

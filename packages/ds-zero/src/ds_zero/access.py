@@ -12,14 +12,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from difflib import get_close_matches
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
 from .gathering import Target, whole_within
-from .intervals import Interval, agreed, gathered, own_interval
+from .intervals import Interval, agreed, gathered, own_interval, same_on_all
 from .placement import Placement
+from .texts import shown
 
 if TYPE_CHECKING:
     from .flat import Flat, Resources
@@ -103,7 +105,7 @@ class Access:
     def set_full_param(self, param: Param, value: Tensor) -> None:
         """Replace a whole parameter by ``value``, which is the same on all ranks."""
         place = self._place(param)
-        self._check_shape(place, value)
+        self._check_whole(place, value)
         flat, first = place.flat, place.flat.state_range[0]
         begin, end = max(first, place.slot.offset), min(flat.state_range[1], place.slot.end)
         if begin < end:
@@ -146,7 +148,7 @@ class Access:
     def set_full_grad(self, param: Param, value: Tensor, *, reduction: str = "mean") -> None:
         """Replace a whole gradient by ``value``, which is the same on all ranks; see :meth:`full_grad`."""
         place = self._place(param)
-        self._check_shape(place, value)
+        self._check_whole(place, value)
         factor = self._grad_factor(reduction)
         own = self._local_grad(place)
         own.data.copy_(value.detach().reshape(-1)[own.start : own.start + own.data.numel()].double() / factor)
@@ -176,7 +178,7 @@ class Access:
     def set_full_state(self, param: Param, key: str, value: Tensor) -> None:
         """Replace a whole tensor of optimizer state by ``value``, which is the same on all ranks."""
         place = self._place(param)
-        self._check_shape(place, value)
+        self._check_whole(place, value)
         self._checked_state(place, key)
         for start, data in self._state_parts(place, key):
             data.copy_(value.detach().reshape(-1)[start : start + data.numel()])
@@ -255,8 +257,8 @@ class Access:
         self._check()
         if isinstance(param, str):
             if param not in self._names:
-                near = [name for name in self._names if name.endswith(param.rpartition(".")[2])]
-                raise ValueError(f"the model has no parameter {param!r}; it has {', '.join(near[:8] or self._names)}")
+                near = get_close_matches(param, self._names) or list(self._names)
+                raise ValueError(f"the model has no parameter {param!r}; it has {shown(near)}")
             param = self._names[param]
         if param not in self._places:
             raise ValueError(f"a parameter of shape {list(param.shape)} is not one of the partitioned model's")
@@ -276,9 +278,14 @@ class Access:
         self._check_fits(place, value, fits=value.shape == own.data.shape, held=held)
         own.data.copy_(value.detach())
 
-    def _check_shape(self, place: _Place, value: Tensor) -> None:
+    def _check_whole(self, place: _Place, value: Tensor) -> None:
         held = f"it has shape {list(place.slot.shape)}"
         self._check_fits(place, value, fits=value.shape == place.slot.shape, held=held)
+        if not same_on_all(value, self.comm, place.flat.master.device):
+            raise ValueError(
+                f"parameter {place.name!r}: the ranks got different values for the whole of it; nothing was changed. "
+                "Pass the same value on all ranks, or each rank's part to set_local_..."
+            )
 
     def _check_fits(self, place: _Place, value: Tensor, *, fits: bool, held: str) -> None:
         """Raise on all ranks if a value does not fit on one of them."""

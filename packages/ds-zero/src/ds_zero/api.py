@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from .agreement import check_settings_agree
 from .building import build_units
 from .config import Precision, ZeroConfig
 from .construct import prepare, settle_rest
@@ -95,8 +96,10 @@ def shard(
         The partitioned model; call its ``module``.
 
     Raises:
-        ValueError: The groups name a parameter twice or one that is not the model's; or ranks built different models;
-            or the number of ranks is not a power of two and ``config.require_exact`` is set.
+        ValueError: The groups name a parameter twice or one that is not the model's; or ranks built different models
+            or pass different settings; or the model is partitioned already; or the number of ranks is not a power of
+            two and ``config.require_exact`` is set.
+        TypeError: ``make_optimizer`` is no function that returns an optimizer.
         NotImplementedError: A trained parameter is neither float32 nor bfloat16 nor float16.
 
     Example:
@@ -113,6 +116,8 @@ def shard(
     if group is None and dist.is_available() and dist.is_initialized():
         group = dist.group.WORLD
     device = device or _device_of(model)
+    arranged = own_groups(model, param_groups, make_optimizer)
+    check_settings_agree(config, precision, arranged, group=group, given=parts.collectives, device=device)
     mesh, diagnosis = mesh_of(group, parts.collectives, kernels=kernels, config=config, device=device)
     comm = mesh.everyone
     _check_num_ranks(comm, config)
@@ -123,7 +128,6 @@ def shard(
         mics=hybrid and config.mics_shard_size > 0,
         hpz=hybrid and config.zero_hpz_partition_size > 1,
     )
-    arranged = own_groups(model, param_groups, make_optimizer)
     group_of = {param: index for index, entry in enumerate(arranged.groups) for param in entry["params"]}
     shared = Resources(
         mesh,

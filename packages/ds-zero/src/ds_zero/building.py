@@ -9,6 +9,7 @@ from torch import nn
 
 from .flat import Flat, Resources
 from .layout import Spec, plan
+from .passes import check_not_partitioned
 from .placement import Placement
 from .units import Unit
 from .wrap import Group, units_of
@@ -34,8 +35,10 @@ def build_units(
         shared: What the buffers share.
 
     Raises:
+        ValueError: The model is partitioned already.
         NotImplementedError: A trained parameter is neither float32 nor bfloat16 nor float16.
     """
+    check_not_partitioned(model)
     sharded = shared.placements.param is not Placement.REPLICATE
     units, num_flats = [], 0
     for group in units_of(model, unit_classes):

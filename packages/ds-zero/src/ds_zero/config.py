@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -55,6 +56,7 @@ class ZeroConfig:
     def __post_init__(self) -> None:
         if self.stage not in (0, 1, 2, 3):
             raise ValueError(f"zero stage is one of 0, 1, 2, 3; got {self.stage!r}")
+        check_names("unit_classes", self.unit_classes)
         if self.mics_shard_size == 0 or self.mics_shard_size < -1 or self.zero_hpz_partition_size < 1:
             raise ValueError(
                 "the ranks of a node are a positive number: got mics_shard_size = "
@@ -98,6 +100,20 @@ class Precision:
     their qualified names. See [Note: Kept modules]."""
 
     def __post_init__(self) -> None:
+        check_names("keep_fp32", self.keep_fp32)
         for name, dtype in (("compute", self.compute), ("gradient", self.gradient)):
             if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
                 raise ValueError(f"{name} data type is float32, bfloat16 or float16; got {dtype}")
+
+
+def check_names(what: str, names: Iterable[str]) -> None:
+    """Refuse a string where several are expected: it would be taken letter by letter.
+
+    Raises:
+        ValueError: ``names`` is a string.
+
+    Example:
+        >>> check_names("unit_classes", ("Block",))
+    """
+    if isinstance(names, str):
+        raise ValueError(f"{what} is a sequence of names; got the string {names!r}; write ({names!r},)")

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .agreement import Fingerprint, difference, number_of
 from .deferred import DeferredTensor, cell_of, deferred, is_deferred, materialised
 from .tape import evaluate, geometry_of, tensor_over
 from .texts import shown
@@ -177,31 +177,18 @@ def _own_tensors(model: nn.Module) -> Iterator[Tensor]:
 # Agreement of the ranks #
 
 
-class _Fingerprint(NamedTuple):
-    name: str
-    number: int  # 64 bits
-
-
 def _check_ranks_agree(model: nn.Module, mesh: Mesh) -> None:
     comm = mesh.everyone
-    prints = [*_fingerprints(model)]
-    whole = _number("".join(f"{name}={number};" for name, number in prints).encode())
-    device = next((tensor.device for tensor in _own_tensors(model)), torch.device("cpu"))
-    rows = comm.gather_rows(torch.tensor([whole, len(prints)], device=device))
-    if bool((rows == rows[0]).all()):
-        return
     order = sorted(range(comm.size), key=partial(_rank_of, mesh=mesh))  # rows are in the order of shards
-    rows = rows[order]
-    differ = [rank for rank, row in enumerate(rows.tolist()) if row != rows[0].tolist()]
-    what = "their numbers of parameters and buffers: " + ", ".join(str(count) for count in rows[:, 1].tolist())
-    if bool((rows[:, 1] == rows[0, 1]).all()):
-        table = comm.gather_rows(torch.tensor([number for _, number in prints], device=device))
-        columns = (table != table[0]).any(dim=0).nonzero().flatten().tolist()
-        names = [repr(prints[column].name) for column in columns]
-        what = shown(names)
+    device = next((tensor.device for tensor in _own_tensors(model)), torch.device("cpu"))
+    found = difference([*_fingerprints(model)], lambda row: comm.gather_rows(row)[order], device)
+    if found is None:
+        return
+    counts = "their numbers of parameters and buffers: " + ", ".join(map(str, found.counts))
     raise ValueError(
-        f"the models of ranks {differ} differ from rank 0's in {what}. Build the same model on every rank; under "
-        "deferred() that includes the random seed (torch.manual_seed before the block)"
+        f"the models of ranks {found.ranks} differ from rank 0's in {shown(map(repr, found.names)) or counts}. Build "
+        "the same model on every rank; under deferred() that includes the random seed (torch.manual_seed before the "
+        "block)"
     )
 
 
@@ -211,13 +198,9 @@ def _rank_of(index: int, mesh: Mesh) -> int:
     return node * mesh.node.size + within
 
 
-def _fingerprints(model: nn.Module) -> Iterator[_Fingerprint]:
+def _fingerprints(model: nn.Module) -> Iterator[Fingerprint]:
     """Yield name, shape, data type and, of deferred tensors, what the values depend on."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         text = f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode()
         recorded = cell_of(tensor).digest + repr(geometry_of(tensor)).encode() if is_deferred(tensor) else b""
-        yield _Fingerprint(name, _number(text + recorded))
-
-
-def _number(data: bytes) -> int:
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "little", signed=True)
+        yield Fingerprint(name, number_of(text + recorded))

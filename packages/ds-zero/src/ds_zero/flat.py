@@ -19,7 +19,7 @@ rank's. ``reduced`` is summed in the shard of one rank among all, and gathered b
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -264,10 +264,21 @@ class Flat:
 
     def keep(self, slot: Slot, values: Tensor) -> None:
         """Take over what this rank keeps of a parameter's ``values`` (1D)."""
+        for own, part in self._parts(slot, values):
+            own.copy_(part)
+
+    def keep_changed(self, slot: Slot, values: Tensor) -> None:
+        """Take over a parameter's ``values`` (1D, compute data type); masters that round to theirs stay as they are."""
+        for own, part in self._parts(slot, values):
+            # 16 bits at most where there are masters besides
+            own.copy_(part if own.dtype == part.dtype else torch.where(_same_bits(own.to(part.dtype), part), own, part))
+
+    def _parts(self, slot: Slot, values: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield what this rank keeps of a parameter, compute values and masters, each with that part of ``values``."""
         for target, first in ((self._kept, self._kept_from), (self.master, self.state_range[0])):
             start, end = max(first, slot.offset), min(first + target.numel(), slot.end)
             if start < end:
-                target[start - first : end - first].copy_(values[start - slot.offset : end - slot.offset])
+                yield target[start - first : end - first], values[start - slot.offset : end - slot.offset]
 
     # Properties #
 
@@ -323,3 +334,7 @@ def _absent(view: Tensor) -> Tensor:
     """Return a tensor like ``view`` that reads as NaN and takes the memory of one element."""
     poison = torch.nan if view.is_floating_point() else 0
     return view.new_full((), poison).expand(view.shape)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> Tensor:
+    return a.view(torch.int16) == b.view(torch.int16)

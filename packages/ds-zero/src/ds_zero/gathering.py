@@ -63,7 +63,7 @@ def whole_within(
         for target, old, changed in zip(targets, before, written, strict=True):
             if changed and index is not None:
                 from_rank(old.view, index, mesh.everyone)
-                target.flat.keep(target.slot, old.view.reshape(-1))
+                target.flat.keep_changed(target.slot, old.view.reshape(-1))
         kept = True
     finally:
         if not kept:
@@ -138,7 +138,8 @@ def _restore(targets: Sequence[Target], before: Sequence[_Before], residency: Re
     with torch.no_grad():
         for target, old in zip(targets, before, strict=True):
             target.param.data = old.view
-            if old.copy is not None:
+            # partitioned again meanwhile, the memory is gone, and the change with it
+            if old.copy is not None and old.view.untyped_storage().nbytes():
                 old.view.copy_(old.copy)
     if sharded:
         residency.drop_all()  # and with it all that was written into gathered memory

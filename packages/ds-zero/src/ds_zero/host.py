@@ -15,6 +15,7 @@ Memory: none but that of staged data. The pages a rank reads count in its reside
 from __future__ import annotations
 
 import errno
+import logging
 import select
 import socket
 import struct
@@ -29,16 +30,19 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .texts import shown
 from .windows import Memory, Windows, map_window
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import ShardKernels
 
+_logger = logging.getLogger(__package__)
 _FORMAT = struct.Struct("<qqqqqq")
 _FD = struct.Struct("i")
 ROWS = 1 << 20
 """Key of ``gather_rows``, apart from those of buffers."""
 
+_NOTICE = 60.0  # seconds after which a wait is told of
 _LATER = (errno.EAGAIN, errno.ETOOMANYREFS)  # a socket is full, or a user's descriptors under way are too many
 _PAUSE = 0.001  # seconds
 _VERBS = 3  # each buffer's key stands for so many calls: gather, reduce, exchange
@@ -220,7 +224,7 @@ class HostCollectives:
             PeerLostError: A rank has ended.
             TimeoutError: A rank did not join in time.
         """
-        deadline = time.monotonic() + self._timeout
+        deadline, notice = time.monotonic() + self._timeout, _NOTICE
         while not call.over or any(self._unsent.values()):
             late = sorted(call.unready or call.unread or (peer for peer in self._peers if self._unsent[peer]))
             for peer in late:
@@ -236,7 +240,17 @@ class HostCollectives:
                     f"{', '.join(map(str, late))} in collective {call.ready.turn} over buffer "
                     f"{call.ready.call // _VERBS}: {'not joined' if call.unready else 'joined, but did not read'}"
                 )
-            self._serve(left)
+            waited = self._timeout - left
+            if waited >= notice:
+                notice = self._timeout  # once
+                _logger.warning(
+                    "rank %d has waited %.0f s for %s in a collective; ZeroConfig.watchdog_timeout ends such a wait "
+                    "and says where they are",
+                    self.rank,
+                    waited,
+                    shown(f"rank {peer}" for peer in late),
+                )
+            self._serve(min(left, notice - waited))
 
     def _place(self, slots: Sequence[Tensor], pieces: Sequence[Tensor]) -> None:
         for peer in self._peers:
@@ -316,9 +330,9 @@ class HostCollectives:
         expected = call.pieces[peer]
         if record.nbytes != expected.nbytes:
             raise RuntimeError(
-                f"rank {peer} sends {record.nbytes} bytes where rank {self.rank} expects {expected.nbytes}, in "
-                f"collective {record.turn} over buffer {record.call // _VERBS}: the ranks run different models or "
-                "programs"
+                f"rank {peer} sends {record.nbytes} bytes where rank {self.rank} expects {expected.nbytes}: they are "
+                "at different calls, for example because one has left a block or a step by an exception, or runs "
+                "another program; ZeroConfig.fingerprint_timeout names both calls"
             )
         if record.nbytes:
             memory = self._mapped[peer, record.window]

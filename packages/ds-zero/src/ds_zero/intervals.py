@@ -8,12 +8,14 @@ sends its part of the round in a row as wide as the widest part. So a rank holds
 
 from __future__ import annotations
 
+import hashlib
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .layout import Layout, Slot
+from .memory import byte_view
 
 if TYPE_CHECKING:
     from ds_core.protocols import Collectives
@@ -68,6 +70,13 @@ def agreed(flags: list[bool], comm: Collectives, device: torch.device) -> list[l
     """Return every rank's ``flags``, which are equally many on all of them; all ranks call it."""
     rows = comm.gather_rows(torch.tensor([float(flag) for flag in flags], device=device))
     return [[bool(flag) for flag in row] for row in rows.tolist()]
+
+
+def same_on_all(value: Tensor, comm: Collectives, device: torch.device) -> bool:
+    """Return whether all ranks have the same ``value``, bit for bit; all ranks call it."""
+    digest = hashlib.blake2b(byte_view(value.detach().cpu().contiguous()), digest_size=8).digest()
+    rows = comm.gather_rows(torch.tensor([int.from_bytes(digest, "little", signed=True)], device=device))
+    return bool((rows == rows[0]).all())
 
 
 def _overlap(layout: Layout, begin: int, end: int, rank: int) -> tuple[int, int]:

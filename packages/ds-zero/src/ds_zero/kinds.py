@@ -90,6 +90,7 @@ class Arranged(NamedTuple):
 
     groups: ParamGroups  # over the model's parameters, with the settings of the optimizer
     kinds: list[UpdateKind]  # of each group
+    optimizer: str = "none"  # its class
 
 
 def arrange(
@@ -104,7 +105,7 @@ def arrange(
 
     Args:
         groups: Over the model's parameters.
-        names: The model's parameters with their names.
+        names: The model's parameters with their names; all of them, where a parameter has several.
         make_optimizer: Makes the optimizer.
 
     Returns:
@@ -112,15 +113,38 @@ def arrange(
 
     Raises:
         ValueError: A declaration is none of the four kinds, or not one that the optimizer can follow, or the optimizer
-            cannot run on partitioned parameters.
+            cannot run on partitioned parameters, or was made over others.
+        TypeError: ``make_optimizer`` is no function, or returns no optimizer.
     """
+    _check_maker(make_optimizer)
     originals = {_stand_in(param): param for entry in groups for param in entry["params"]}
     stand_ins = {param: stand_in for stand_in, param in originals.items()}
     probe = make_optimizer([_named(entry, names, stand_ins) for entry in groups])
+    _check_made(probe, originals)
     own = [{key: value for key, value in entry.items() if key != "param_names"} for entry in probe.param_groups]
     kinds = _kinds(type(probe), own)
     _check_statistics(probe, kinds)
-    return Arranged([{**entry, "params": [originals[p] for p in entry["params"]]} for entry in own], kinds)
+    arranged = [{**entry, "params": [originals[p] for p in entry["params"]]} for entry in own]
+    return Arranged(arranged, kinds, f"{type(probe).__module__}.{type(probe).__qualname__}")
+
+
+def _check_maker(make_optimizer: object) -> None:
+    if not callable(make_optimizer):
+        kind = type(make_optimizer).__name__
+        raise TypeError(
+            f"make_optimizer is a function that makes the optimizer over what it is given; got an object, a {kind}; "
+            f"pass for example lambda groups: {kind}(groups, lr=...)"
+        )
+
+
+def _check_made(probe: object, stand_ins: Mapping[nn.Parameter, nn.Parameter]) -> None:
+    if not isinstance(probe, torch.optim.Optimizer):
+        raise TypeError(f"make_optimizer returns a torch.optim.Optimizer; got {probe!r}")
+    if any(param not in stand_ins for entry in probe.param_groups for param in entry["params"]):
+        raise ValueError(
+            "make_optimizer made an optimizer over other parameters than those it was given; make it over its "
+            "argument, for example lambda groups: torch.optim.AdamW(groups), not over model.parameters()"
+        )
 
 
 def _named(

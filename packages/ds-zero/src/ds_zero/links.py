@@ -9,16 +9,22 @@ socket also orders memory: what was written before a record was sent is seen by 
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import socket
 import struct
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import torch
 import torch.distributed as dist
 
 _HANDSHAKE = struct.Struct("<q16s")
+_ADDRESS = b"\0ds-zero-"
+_ADDRESS_BYTES = len(_ADDRESS) + 16
+_CARD = struct.Struct("<b32s32s16s")  # whether a rank can be reached, a digest of its host, its address, its token
 
 
 def connect(group: dist.ProcessGroup, members: Sequence[int], timeout: float) -> dict[int, socket.socket] | None:
@@ -38,10 +44,8 @@ def connect(group: dist.ProcessGroup, members: Sequence[int], timeout: float) ->
     own, token = members.index(dist.get_rank(group)), secrets.token_bytes(16)
     host = _host()
     listener = None if host is None else _listen(len(members))
-    mine = None if host is None or listener is None else (host, listener.getsockname(), token)
-    # what process groups exchange as objects is pickled, but comes from ranks that run this same program
-    everyone: list[tuple[str, bytes, bytes] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(everyone, mine, group=group)
+    mine = None if host is None or listener is None else _Card(_digest(host), listener.getsockname(), token)
+    everyone = _exchange(mine, group)
     present = [one for one in (everyone[member] for member in members) if one is not None]
     if listener is None or len(present) < len(members) or len({host for host, _, _ in present}) > 1:
         if listener is not None:
@@ -67,13 +71,38 @@ def connect(group: dist.ProcessGroup, members: Sequence[int], timeout: float) ->
     return peers
 
 
+class _Card(NamedTuple):
+    """Where a rank is reached."""
+
+    host: bytes
+    address: bytes
+    token: bytes
+
+
+def _exchange(mine: _Card | None, group: dist.ProcessGroup) -> list[_Card | None]:
+    """Return every rank's card; torch's exchange of objects would need NumPy, and pickles."""
+    packed = _CARD.pack(int(mine is not None), *(mine or (b"", b"", b"")))
+    row = torch.tensor(list(packed), dtype=torch.uint8)
+    rows = [torch.empty_like(row) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(rows, row, group=group)
+    fields = [_CARD.unpack(bytes(row.tolist())) for row in rows]
+    return [
+        _Card(host, address[:_ADDRESS_BYTES], token) if reachable else None
+        for reachable, host, address, token in fields
+    ]
+
+
+def _digest(host: str) -> bytes:
+    return hashlib.blake2b(host.encode(), digest_size=32).digest()
+
+
 def _listen(backlog: int) -> socket.socket | None:
     """Return a listening socket; None where the system lacks what windows need."""
     if not {"memfd_create", "MFD_CLOEXEC"} <= vars(os).keys():
         return None
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     try:
-        listener.bind(b"\0ds-zero-" + secrets.token_hex(8).encode())
+        listener.bind(_ADDRESS + secrets.token_hex(8).encode())
         listener.listen(backlog)
     except OSError:
         listener.close()

@@ -182,7 +182,11 @@ def mesh_of(
     if given is not None:
         raise ValueError("nodes (mics_shard_size, zero_hpz_partition_size) need ds-zero's own collectives")
     if everyone.size % config.node_size:
-        raise ValueError(f"{everyone.size} ranks are not a whole number of nodes of {config.node_size}")
+        key = "mics_shard_size" if config.mics_shard_size > 0 else "zero_hpz_partition_size"
+        raise ValueError(
+            f"{key} = {config.node_size}: {everyone.size} ranks are not a whole number of such nodes; use a divisor of "
+            f"{everyone.size}"
+        )
     if config.node_size == everyone.size:
         return Joined(one_node(everyone, kernels), diagnosis)
     nodes, across = parts_of(everyone.size, config.node_size)

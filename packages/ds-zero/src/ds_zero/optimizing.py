@@ -45,7 +45,9 @@ def own_groups(
     Raises:
         ValueError: The groups name a parameter twice or one that is not the model's, or declare no known kind.
     """
-    names = {param: name for name, param in model.named_parameters()}
+    names: dict[nn.Parameter, str] = {}
+    for name, param in model.named_parameters(remove_duplicate=False):
+        names[param] = f"{names[param]}, {name}" if param in names else name
     if make_optimizer is None:
         return Arranged([], [])
     return arrange(_checked(param_groups, names), names, make_optimizer)
@@ -86,7 +88,7 @@ def make_over(
         update: Runs the step over what the optimizer holds.
         shared: Communication, and the data type of gradients.
     """
-    groups, kinds = arranged
+    groups, kinds, _ = arranged
     flats = [flat for unit in units for flat in unit.trained_flats]
     holders = shared.mesh.holders_of(shared.placements.state, shared.kernels)
     whole = WholeTensors(flats, kinds, holders, shared.gradient_dtype)

@@ -15,6 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from .config import check_names
+
 if TYPE_CHECKING:
     from .flat import Flat
 
@@ -110,6 +112,7 @@ class Parking:
             ValueError: There is no such kind.
             RuntimeError: State has been moved already.
         """
+        check_names("include", include)
         kinds = list(dict.fromkeys(include))
         unknown = [kind for kind in kinds if kind not in KINDS]
         if unknown:

@@ -356,3 +356,15 @@ def _tensors(value: Any, unit: str) -> Iterator[Tensor]:
                 "sharded parameters could be missing in the backward pass. Return tensors, tuples, lists, dicts or "
                 "dataclasses, or register the type with torch.utils._pytree.register_pytree_node"
             )
+
+
+def check_not_partitioned(model: nn.Module) -> None:
+    """Refuse a model that is partitioned, or a part of which is.
+
+    Raises:
+        ValueError: It is.
+    """
+    for name, module in model.named_modules():
+        if any(isinstance(getattr(hook, "__self__", None), Hooks) for hook in module._forward_pre_hooks.values()):
+            what = f"part {name!r} of this model" if name else "this model"
+            raise ValueError(f"{what} is partitioned already: build the model anew, or use the Sharded that there is")

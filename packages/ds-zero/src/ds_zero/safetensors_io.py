@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .memory import byte_view
+from .texts import shown
 
 DTYPES = {
     "F64": torch.float64,
@@ -198,11 +199,9 @@ class SafetensorsWriter:
     def begin(self) -> Exception | None:
         """Make the folder, and make sure that nothing would be overwritten."""
         try:
-            there = [name for name in self._reserved if (self._folder / name).exists()]
+            there = sorted(name for name in self._reserved if (self._folder / name).exists())
             if there:
-                return ValueError(
-                    f"{self._folder} holds {', '.join(there)} already: give another folder, or remove them"
-                )
+                return ValueError(f"{self._folder} holds {shown(there)} already: give another folder, or remove them")
             self._folder.mkdir(parents=True, exist_ok=True)
         except Exception as error:  # noqa: BLE001 - returned
             return error

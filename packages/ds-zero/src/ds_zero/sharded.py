@@ -53,13 +53,19 @@ class GradNorm(NamedTuple):
 
 
 class MemoryReport(NamedTuple):
-    """Bytes on this rank."""
+    """What this rank holds, in bytes."""
 
-    param: int  # parameters in the compute data type, held from step to step
-    grad: int  # gradients, likewise
-    state: int  # optimizer state, and float32 masters where parameters are not float32
-    transient: int  # most bytes ever held by whole parameters and leaves on top of that
-    peak_units: int  # most units whose sharded parameters were whole at once
+    param: int
+    """Parameters in the compute data type, held from step to step."""
+    grad: int
+    """Gradients, likewise."""
+    state: int
+    """Optimizer state, and float32 masters where parameters are not float32."""
+    transient: int
+    """Most bytes ever held by whole parameters and leaves on top of that."""
+    peak_units: int
+    """A number: most units whose sharded parameters were whole at once. Two, and the root's where it has parameters of
+    its own, which stay whole from its forward pass on."""
 
 
 class Sharded:

@@ -78,7 +78,8 @@ class Constant:
         if tensor.is_meta:
             raise RuntimeError(
                 f"a deferred initialisation reads a tensor of shape {list(tensor.shape)} on the meta device, which has "
-                "no values: make it on another device, or under deferred()"
+                "no values: make it on another device, or under deferred(); a deferred model runs once "
+                "it is partitioned"
             )
         small = tensor.nbytes <= _KEPT_BYTES
         self._tensor = tensor.detach().clone() if small else tensor  # a detached one would count versions by itself
