@@ -171,7 +171,7 @@ def test_other_sizes_are_refused_by_name(ranks: RankPool) -> None:
     first, second = ranks.run(other_size, size=2)
     assert "rank 1 sends 36 bytes where rank 0 expects 32" in first
     assert "rank 0 sends 32 bytes where rank 1 expects 36" in second
-    assert "buffer 4" in first
+    assert "fingerprint_timeout names both calls" in first
 
 
 def absent(rank: Rank) -> str:

@@ -136,7 +136,9 @@ def refusal(rank: Rank) -> str:
 
 
 def test_nodes_have_to_come_out_even(ranks: RankPool) -> None:
-    assert set(ranks.run(refusal, size=4)) == {"4 ranks are not a whole number of nodes of 3"}
+    assert set(ranks.run(refusal, size=4)) == {
+        "mics_shard_size = 3: 4 ranks are not a whole number of such nodes; use a divisor of 4"
+    }
 
 
 @pytest.mark.parametrize(
