@@ -1,6 +1,7 @@
 // What each instruction set provides: one table for each family of kernels, all with the same meaning and the same bits.
 #pragma once
 
+#include "codec_table.h"
 #include "loss_table.h"
 #include "optimizer_table.h"
 #include "reduction_table.h"
@@ -9,6 +10,7 @@ namespace ds_kernels {
 
 struct KernelTable {
     const char* name;
+    CodecTable codecs;
     LossTable losses;
     OptimizerTable optimizers;
     ReductionTable reductions;

@@ -1,6 +1,7 @@
 // Instantiates every kernel for the instruction set of the including file, and lists them in a table.
 #pragma once
 
+#include "codec_instances.h"
 #include "kernel_table.h"
 #include "loss_instances.h"
 #include "optimizer_instances.h"
@@ -8,4 +9,4 @@
 
 // A macro and not a function: the table must be a constant in the file, because code that runs while the
 // module is loaded must not use instructions the processor may lack.
-#define DS_KERNELS_TABLE(name) {name, DS_KERNELS_LOSSES, DS_KERNELS_OPTIMIZERS, DS_KERNELS_REDUCTIONS}
+#define DS_KERNELS_TABLE(name) {name, DS_KERNELS_CODECS, DS_KERNELS_LOSSES, DS_KERNELS_OPTIMIZERS, DS_KERNELS_REDUCTIONS}

@@ -32,6 +32,23 @@ class Kernels:
         terms: tuple[int, float, float],
         /,
     ) -> None: ...
+    def block_encode(
+        self,
+        x: int,
+        error: int,
+        payload: int,
+        numel: int,
+        x_format: int,
+        layout: tuple[int, int, int],
+        threads: int,
+        /,
+    ) -> None: ...
+    def block_decode(
+        self, out: int, payload: int, numel: int, out_format: int, layout: tuple[int, int, int], threads: int, /
+    ) -> None: ...
+    def block_accumulate(
+        self, out: int, payload: int, numel: int, layout: tuple[int, int, int], weight: float, threads: int, /
+    ) -> None: ...
     def tree_sum(
         self, out: int, pieces: list[int], numel: int, piece_format: int, out_format: int, threads: int, /
     ) -> None: ...

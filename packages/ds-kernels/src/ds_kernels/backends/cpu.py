@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checks import check_adam, check_chunk_sumsq, check_cpu, check_tree_sum, mark_written
-from .native import losses
+from .native import codecs, losses
 from .native.module import FORMATS, native, unusable
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
 
 _NO_COPY = 0
+_NATIVE: Mapping[str, Callable[..., Any]] = MappingProxyType({**codecs.KERNELS, **losses.KERNELS})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,7 +61,7 @@ class CpuBackend:
             "tree_sum": self.tree_sum,
             "chunk_sumsq": self.chunk_sumsq,
         }
-        if (kernel := losses.KERNELS.get(op)) is not None:
+        if (kernel := _NATIVE.get(op)) is not None:
             return functools.partial(kernel, native(self.isa))
         return own.get(op)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checks import SQUARE_BLOCK, check_adam, check_chunk_sumsq, check_tree_sum
-from .plain import activations, losses
+from .plain import activations, codecs, losses
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
+
+_PLAIN: Mapping[str, Callable[..., Any]] = MappingProxyType({**activations.KERNELS, **codecs.KERNELS, **losses.KERNELS})
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +49,7 @@ class ReferenceBackend:
             "tree_sum": self.tree_sum,
             "chunk_sumsq": self.chunk_sumsq,
         }
-        return own.get(op) or activations.KERNELS.get(op) or losses.KERNELS.get(op)
+        return own.get(op) or _PLAIN.get(op)
 
     @torch.no_grad()
     def adamw(

@@ -41,10 +41,14 @@ def _save_sum(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> 
     ctx.wanted, ctx.dtype = inputs[-1], inputs[0].dtype
 
 
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))  # without a copy in between
+
+
 @once_differentiable
 def _differentiate_sum(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     hidden, weight, bias = (
-        (gradient * grad).to(ctx.dtype) if wanted and grad is not None else None
+        _scaled(gradient, grad, ctx.dtype) if wanted and grad is not None else None
         for gradient, wanted in zip(ctx.saved_tensors, ctx.wanted, strict=True)
     )
     return hidden, weight, None, bias, None, None, None, None
