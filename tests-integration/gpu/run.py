@@ -28,6 +28,9 @@ from torch import Tensor, nn
 
 import ds_zero
 from ds_zero.optim import Lamb, Lars, Muon
+import kernel_checks
+import kernel_speed
+from outcome import NotRun
 
 STEPS, MICRO_BATCHES = 8, 4
 
@@ -223,7 +226,7 @@ def states_leave_the_device_and_come_back(device: torch.device) -> None:
     assert_same_bits(run(parked=True), run(parked=False))
 
 
-CHECKS: list[Callable[[torch.device], None]] = [
+CHECKS: list[Callable[[torch.device], Any]] = [
     deferred_models_have_the_bits_of_eager_ones,
     states_leave_the_device_and_come_back,
     ranks_and_stages_give_the_same_bits,
@@ -232,7 +235,30 @@ CHECKS: list[Callable[[torch.device], None]] = [
     reference_kernels_serve_the_device,
     recomputed_blocks_change_no_bit,
     compiled_blocks_agree,
+    *kernel_checks.CHECKS,
+    *kernel_speed.CHECKS,
 ]
+
+
+def run(check: Callable[[torch.device], Any], device: torch.device, *, present: bool) -> dict[str, Any]:
+    """Run one check, print its line and figures, and return its row."""
+    start, status, figures = time.perf_counter(), "passed", None
+    try:
+        if not present:
+            raise NotRun("no GPU")
+        figures = check(device)
+    except NotRun as reason:
+        status = f"not run: {reason}"
+    except Exception:  # every check is run, and each failure is shown
+        traceback.print_exc()
+        status = "FAILED"
+    row = {"check": check.__name__, "status": status, "seconds": round(time.perf_counter() - start, 2)}
+    print(f"{status[:40]:16} {row['seconds']:7.2f} s  {check.__name__}", flush=True)
+    for name, figure in (figures or {}).items():
+        print(f"    {name:28} {figure}")
+    if device.type == "cuda" and present:
+        torch.cuda.empty_cache()
+    return row if figures is None else row | {"figures": figures}
 
 
 def main() -> int:
@@ -240,23 +266,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--device", default="cuda", help="cuda, or cpu to test the checks themselves")
+    parser.add_argument("--only", default="", help="run the checks whose name holds this")
     options = parser.parse_args()
     device = torch.device(options.device)
     present = device.type != "cuda" or torch.cuda.is_available()
     name = torch.cuda.get_device_name() if device.type == "cuda" and present else options.device
-    rows = []
-    for check in CHECKS:
-        start, status = time.perf_counter(), "passed"
-        if not present:
-            status = "not run: no GPU"
-        else:
-            try:
-                check(device)
-            except Exception:  # every check is run, and each failure is shown
-                traceback.print_exc()
-                status = "FAILED"
-        rows.append({"check": check.__name__, "status": status, "seconds": round(time.perf_counter() - start, 2)})
-        print(f"{status:16} {rows[-1]['seconds']:7.2f} s  {check.__name__}")
+    rows = [run(check, device, present=present) for check in CHECKS if options.only in check.__name__]
     result = {"date": datetime.date.today().isoformat(), "device": name, "torch": torch.__version__, "checks": rows}
     if options.out:
         options.out.write_text(json.dumps(result, indent=1))

@@ -1,0 +1,171 @@
+"""How fast are the GPU kernels: beside a copy of memory, torch's own kernels and compiled ones, in one process.
+
+Contenders take turns; each figure is a median of device time. Bytes are counted once for each tensor read or written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+
+import torch
+from kernel_checks import kernel, need_gpu
+from outcome import Figures
+from torch.nn import functional
+
+from ds_kernels import AdamHyper
+
+ROUNDS = 15
+NUMEL = 1 << 28  # 1 GiB in float32: far beyond any cache
+
+FIRST_USE = """
+import json, sys, time
+import torch
+import ds_kernels
+from ds_kernels.backends.nvrtc.backend import NvrtcBackend
+device = torch.device("cuda")
+state = [torch.ones(1 << 20, device=device) for _ in range(4)]
+torch.cuda.synchronize()
+start = time.perf_counter()
+adamw = NvrtcBackend().find("adamw", device, torch.float32)
+adamw(*state, copy=None, hyper=ds_kernels.AdamHyper(step=1, lr=1e-3))
+torch.cuda.synchronize()
+first = time.perf_counter() - start
+start = time.perf_counter()
+for _ in range(1000):
+    adamw(*state, copy=None, hyper=ds_kernels.AdamHyper(step=1, lr=1e-3))
+enqueued = time.perf_counter() - start
+torch.cuda.synchronize()
+print(json.dumps([first, enqueued / 1000]))
+"""
+
+
+def medians(contenders: dict[str, Callable[[], object]]) -> dict[str, float]:
+    """Return the median milliseconds of each, called in turn."""
+    for run in contenders.values():
+        run()
+        run()
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for _ in range(ROUNDS):
+        for name, run in contenders.items():
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            run()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end))
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def table(milliseconds: dict[str, float], amount: dict[str, float], unit: str) -> Figures:
+    """Return time and rate of each contender; ``amount`` is what one call moves, in bytes, for GB/s."""
+    return {name: {"ms": round(ms, 4), unit: round(amount[name] / ms / 1e6, 1)} for name, ms in milliseconds.items()}
+
+
+def first_use_cold_and_cached(device: torch.device) -> Figures:
+    """Time of the first step of a process, compiled (target: 3 s) and from the disk (target: 20 ms)."""
+    need_gpu(device)
+    kernel("nvrtc", "adamw", device)
+    figures: Figures = {}
+    with tempfile.TemporaryDirectory() as folder:
+        env = {**os.environ, "DS_KERNELS_CACHE": folder, "PYTHONPATH": os.pathsep.join(sys.path)}
+        for name in ("cold", "cached", "cached again"):
+            done = subprocess.run(
+                [sys.executable, "-c", FIRST_USE], env=env, capture_output=True, text=True, check=False, timeout=120
+            )
+            assert done.returncode == 0, done.stderr
+            first, enqueue = json.loads(done.stdout.splitlines()[-1])
+            figures[name] = {"first ms": round(first * 1e3, 2), "later us": round(enqueue * 1e6, 2)}
+    figures["targets met"] = figures["cold"]["first ms"] < 3000 and figures["cached again"]["first ms"] < 20
+    return figures
+
+
+def adamw_beside_copy_and_torch(device: torch.device) -> Figures:
+    """A step of float32 with a bfloat16 copy (30 bytes an element), and without (28), beside torch's fused AdamW."""
+    need_gpu(device)
+    adamw = kernel("nvrtc", "adamw", device)
+    hyper = AdamHyper(step=5, lr=1e-3, weight_decay=0.1)
+    param, grad, m, v = (torch.randn(NUMEL, device=device) for _ in range(4))
+    v.abs_()
+    half_grad, copy = grad.bfloat16(), torch.empty_like(grad, dtype=torch.bfloat16)
+    theirs = torch.nn.Parameter(param.clone())
+    theirs.grad = grad
+    optimizer = torch.optim.AdamW([theirs], lr=1e-3, weight_decay=0.1, fused=True)
+    contenders = {
+        "copy of memory": lambda: m.copy_(v),
+        "ours, float32": lambda: adamw(param, grad, m, v, copy=None, hyper=hyper),
+        "torch fused, float32": optimizer.step,
+        "ours, bf16 grad and copy": lambda: adamw(param, half_grad, m, v, copy=copy, hyper=hyper),
+    }
+    moved = dict.fromkeys(contenders, 28.0 * NUMEL) | {"copy of memory": 8.0 * NUMEL}
+    figures = table(medians(contenders), moved, "GB/s")
+    rates = {name: row["GB/s"] for name, row in figures.items()}
+    figures["ours / copy"] = round(rates["ours, float32"] / rates["copy of memory"], 3)
+    figures["ours / torch"] = round(rates["ours, float32"] / rates["torch fused, float32"], 3)
+    return figures
+
+
+def sums_beside_copy_and_torch(device: torch.device) -> Figures:
+    """Sums of squares in chunks of 4,096, and the sum of eight arrays."""
+    need_gpu(device)
+    tree_sum, chunk_sumsq = (kernel("nvrtc", op, device) for op in ("tree_sum", "chunk_sumsq"))
+    x = torch.randn(NUMEL, device=device)
+    half, other = x.bfloat16(), torch.empty_like(x)
+    pieces, out = list(half.view(8, -1)), torch.empty(NUMEL // 8, device=device)
+    contenders = {
+        "copy of memory": lambda: other.copy_(x),
+        "ours, squares, float32": lambda: chunk_sumsq(x, 4096),
+        "torch norm, float32": lambda: torch.linalg.vector_norm(x),
+        "ours, squares, bfloat16": lambda: chunk_sumsq(half, 4096),
+        "ours, sum of 8, bfloat16": lambda: tree_sum(out, pieces),
+    }
+    moved = {
+        "copy of memory": 8.0 * NUMEL,
+        "ours, squares, float32": 4.0 * NUMEL,
+        "torch norm, float32": 4.0 * NUMEL,
+        "ours, squares, bfloat16": 2.0 * NUMEL,
+        "ours, sum of 8, bfloat16": 2.0 * NUMEL + 0.5 * NUMEL,
+    }
+    return table(medians(contenders), moved, "GB/s")
+
+
+def bias_gelu_beside_torch(device: torch.device) -> Figures:
+    """Forward and backward in bfloat16, [16384, 8192], beside eager torch and torch.compile."""
+    need_gpu(device)
+    rows, columns = 16384, 8192
+    x, grad = (torch.randn(rows, columns, device=device, dtype=torch.bfloat16) for _ in range(2))
+    bias = torch.randn(columns, device=device, dtype=torch.bfloat16)
+
+    def plain(x: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(x + bias)
+
+    def backward_of(function: Callable[..., torch.Tensor]) -> Callable[[], object]:
+        inputs = [t.detach().requires_grad_() for t in (x, bias)]
+        out = function(*inputs)
+        return lambda: torch.autograd.grad(out, inputs, grad, retain_graph=True)
+
+    compiled = torch.compile(plain)
+    forward, backward = (kernel("nvrtc", op, device) for op in ("bias_gelu", "bias_gelu_backward"))
+    contenders = {
+        "forward: ours": lambda: forward(x, bias, "none"),
+        "forward: eager": lambda: plain(x, bias),
+        "forward: compiled": lambda: compiled(x, bias),
+        "backward: ours": lambda: backward(grad, x, bias, "none"),
+        "backward: eager": backward_of(plain),
+        "backward: compiled": backward_of(compiled),
+    }
+    fewest = {name: (2.0 if "forward" in name else 3.0) * 2 * rows * columns for name in contenders}
+    return table(medians(contenders), fewest, "GB/s")
+
+
+CHECKS: list[Callable[[torch.device], Figures]] = [
+    first_use_cold_and_cached,
+    adamw_beside_copy_and_torch,
+    sums_beside_copy_and_torch,
+    bias_gelu_beside_torch,
+]
