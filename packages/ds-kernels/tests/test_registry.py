@@ -156,7 +156,7 @@ def test_a_backends_own_settings_take_their_defaults(install):
 
 def test_a_missing_backend_lists_what_is_installed(install):
     install("acme-kernels", "acme")
-    message = r"no kernel backend 'amce' is installed; installed are acme, cpu, nvrtc, reference; pip install"
+    message = r"no kernel backend 'amce' is installed; installed are acme, cpu, nvrtc, reference, triton; pip install"
     with pytest.raises(ValueError, match=message):
         Registry().use("amce")
 

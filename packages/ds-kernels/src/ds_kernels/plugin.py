@@ -11,6 +11,7 @@ from .adamw import AdamMaker
 from .backends.cpu import CpuBackend
 from .backends.nvrtc.backend import NvrtcBackend
 from .backends.reference import ReferenceBackend
+from .backends.triton.backend import TritonBackend
 from .config import AdamConfig
 
 if TYPE_CHECKING:
@@ -60,5 +61,6 @@ class AdamPlugin:
 cpu: Plugin = BackendPlugin(CpuBackend)
 nvrtc: Plugin = BackendPlugin(NvrtcBackend)
 reference: Plugin = BackendPlugin(ReferenceBackend)
+triton: Plugin = BackendPlugin(TritonBackend)
 adam: Plugin = AdamPlugin("Adam")
 adamw: Plugin = AdamPlugin("AdamW")

@@ -26,10 +26,18 @@ def _nvrtc() -> KernelBackend:
     return NvrtcBackend()
 
 
+def _triton() -> KernelBackend:
+    from .backends.triton.backend import TritonBackend
+
+    return TritonBackend()
+
+
 _BUILT_IN: Mapping[str, Callable[[], KernelBackend]] = MappingProxyType(
-    {"cpu": CpuBackend, "nvrtc": _nvrtc, "reference": ReferenceBackend}
+    {"cpu": CpuBackend, "nvrtc": _nvrtc, "reference": ReferenceBackend, "triton": _triton}
 )
-_ORDER: Mapping[str, Sequence[str]] = MappingProxyType({"cpu": ("cpu", "reference"), "cuda": ("nvrtc", "reference")})
+_ORDER: Mapping[str, Sequence[str]] = MappingProxyType(
+    {"cpu": ("cpu", "reference"), "cuda": ("nvrtc", "triton", "reference")}
+)
 _Key: TypeAlias = "tuple[str, str, torch.dtype]"  # op, type of device, data type
 _logger = logging.getLogger(__package__)
 
@@ -96,7 +104,7 @@ class Registry:
         """Choose the backend ``name`` from now on; as a context manager, until the block ends.
 
         Args:
-            name: ``cpu``, ``nvrtc``, ``reference``, or a name that an installed distribution offers. The
+            name: ``cpu``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution offers. The
                 built-in names always mean the built-in backends.
 
         Returns:
@@ -228,7 +236,7 @@ def use_backend(name: str) -> Use:
     """Choose the kernel backend of this process; see :meth:`Registry.use`.
 
     Args:
-        name: ``cpu``, ``nvrtc``, ``reference``, or a name that an installed distribution offers.
+        name: ``cpu``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution offers.
 
     Returns:
         A context manager; leaving it puts the earlier choice back. Not entering it makes the choice last.
