@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import doctest
 import importlib
+import importlib.util
 import inspect
 import itertools
 import pkgutil
@@ -23,6 +24,8 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
+    if name.endswith("triton.activations") and importlib.util.find_spec("triton") is None:
+        pytest.skip("Triton is not installed")
     module = importlib.import_module(name)
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
     assert doctest.testmod(module, optionflags=options).failed == 0
