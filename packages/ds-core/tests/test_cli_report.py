@@ -8,7 +8,6 @@ import pytest
 import torch
 from click.testing import CliRunner
 from ds_core.cli import main
-from ds_core.protocols import GROUPS
 
 KERNELS = """
     class Backend:
@@ -62,7 +61,11 @@ def test_versions_and_devices():
     assert found["python"].startswith(".".join(map(str, sys.version_info[:3])))
     assert found["cpu"] == torch.backends.cpu.get_cpu_capability()
     assert len(found["devices"]) == torch.cuda.device_count()
-    assert set(filter(None, GROUPS.values())) <= set(found["wheels"])
+
+
+def test_each_wheel_has_a_row_of_its_own():
+    assert {"ds-core", "ds-kernels", "ds-zero"} <= set(report()["wheels"])
+    assert not [name for name in report()["wheels"] if " " in name]
 
 
 def test_a_usable_plugin(install):

@@ -30,17 +30,17 @@ Json: TypeAlias = "bool | int | float | str | Sequence[Json] | Mapping[str, Json
 ParamGroups: TypeAlias = "list[dict[str, Any]]"
 """``torch.optim`` parameter groups: ``{"params": [...], "lr": ..., ...}``."""
 
-GROUPS = {
-    "ds.partitioner": "ds-zero",
-    "ds.store": None,
-    "ds.pipeline": None,
-    "ds.collectives": None,
-    "ds.optimizer": "ds-kernels ds-zero",
-    "ds.attention": None,
-    "ds.kernels": "ds-kernels",
-    "ds.monitor": None,
+GROUPS: Mapping[str, tuple[str, ...]] = {
+    "ds.partitioner": ("ds-zero",),
+    "ds.store": (),
+    "ds.pipeline": (),
+    "ds.collectives": (),
+    "ds.optimizer": ("ds-kernels", "ds-zero"),
+    "ds.attention": (),
+    "ds.kernels": ("ds-kernels",),
+    "ds.monitor": (),
 }
-"""Entry-point groups, each with the wheel of ours that offers plugins of it, where there is one."""
+"""Entry-point groups, each with the wheels of ours that offer plugins of it."""
 
 ROLE_VERSIONS = dict.fromkeys(GROUPS, 1)
 """The version of each role that this ds-core speaks."""

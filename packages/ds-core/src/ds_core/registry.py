@@ -28,8 +28,8 @@ class MissingPluginError(PluginError):
     """
 
     def __init__(self, group: str, name: str, installed: tuple[str, ...]) -> None:
-        wheel = GROUPS[group]
-        cure = f"plugins of this group come with 'pip install {wheel}'" if wheel else "no wheel of ours offers any"
+        wheels = " ".join(GROUPS[group])
+        cure = f"plugins of this group come with 'pip install {wheels}'" if wheels else "no wheel of ours offers any"
         super().__init__(
             f"no installed wheel offers a plugin {name!r} in the group {group!r}; "
             f"installed there: {', '.join(installed) or 'none'}; {cure}{did_you_mean(name, installed)}"

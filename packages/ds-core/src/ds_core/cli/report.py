@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+from itertools import chain
 from typing import TYPE_CHECKING, NamedTuple, TypedDict
 
 import click
@@ -77,7 +78,7 @@ def _wheels(offering: set[str]) -> dict[str, str | None]:
     from ..protocols import GROUPS
 
     versions: dict[str, str | None] = {}
-    for name in sorted({"ds-core", *filter(None, GROUPS.values()), *offering}):
+    for name in sorted({"ds-core", *chain(*GROUPS.values()), *offering}):
         try:
             versions[name] = version(name)
         except PackageNotFoundError:
