@@ -28,7 +28,16 @@ def test_the_effective_configuration_is_printed_as_json(file):
     assert values["train_micro_batch_size_per_gpu"] == 4
     assert values["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert values["gradient_clipping"] == 1.0
+    assert values["data_types"] == {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": []}
+    assert values["activation_checkpointing"]["number_checkpoints"] == 8
     assert result.stderr == ""
+
+
+def test_no_default_of_ours_is_left_open(file):
+    values = json.loads(invoke("check", file(train_batch_size=8)).stdout)
+    sections = [section for section in values.values() if isinstance(section, dict)]
+    assert sections
+    assert all(value is not None for section in (values, *sections) for value in section.values())
 
 
 def test_choices_and_keys_without_effect_are_explained_beside_it(file):

@@ -32,6 +32,11 @@ def test_an_almost_empty_file_gives_the_defaults_and_loads_no_plugin():
 
 def test_null_is_the_default():
     assert parsed(fp16=None, optimizer=None, seed=None, zero_optimization=None) == parsed()
+    sections = {
+        "data_types": {"grad_accum_dtype": None, "keep_in_fp32_modules": None},
+        "activation_checkpointing": {"number_checkpoints": None},
+    }
+    assert parsed(**sections) == parsed()
 
 
 def test_a_whole_float_is_an_integer_but_a_fraction_is_not():

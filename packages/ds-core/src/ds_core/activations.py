@@ -35,8 +35,6 @@ from .config.sections import ActivationCheckpointing
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
 
-_ROWS = 8  # of a contiguous buffer, where nobody said how many
-
 
 class SavedBytes(NamedTuple):
     """Bytes of saved activations on this rank, without those kept as they are (no option set)."""
@@ -82,7 +80,7 @@ class Checkpointer:
             raise ValueError("partition_activations needs the group of ranks that have the same activations; got None")
         self._group = group if settings.partition_activations else None
         self._rank, self._size = (dist.get_rank(group), dist.get_world_size(group)) if self._group else (0, 1)
-        self._rows = _Rows(settings.number_checkpoints or _ROWS) if settings.contiguous_memory_optimization else None
+        self._rows = _Rows(settings.number_checkpoints) if settings.contiguous_memory_optimization else None
         self._now = 0
         self._peak = 0
 

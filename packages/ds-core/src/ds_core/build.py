@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ClientOptimizer: TypeAlias = "torch.optim.Optimizer | Callable[[ParamGroups], torch.optim.Optimizer] | None"
 ClientSchedule: TypeAlias = "LearningRateSchedule | Callable[[torch.optim.Optimizer], LearningRateSchedule] | None"
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, None: torch.float32}
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Training(NamedTuple):
@@ -132,7 +132,7 @@ def _context(settings: Config, group: dist.ProcessGroup | None, device: torch.de
         compute_dtype=compute,
         group=group,
         gradient_dtype=_DTYPES[settings.data_types.grad_accum_dtype],
-        keep_fp32=settings.data_types.keep_in_fp32_modules or (),
+        keep_fp32=settings.data_types.keep_in_fp32_modules,
     )
     return replace(
         bare,

@@ -80,7 +80,7 @@ def _values(given: Mapping[str, Json], world_size: int, load_plugin: LoadPlugin)
     problems: list[str] = []
     for key in (OWNED - SELECTING) & given.keys():
         try:
-            values[key] = validated(hints[key], given[key], key, known_keys(key))
+            values[key] = validated(hints[key], _without_null(given[key]), key, known_keys(key))
         except ValueError as error:
             problems.append(str(error))
     if problems:
@@ -93,6 +93,11 @@ def _values(given: Mapping[str, Json], world_size: int, load_plugin: LoadPlugin)
     if "scheduler" in given:
         values["scheduler"] = choices.schedule(given["scheduler"])
     return values
+
+
+def _without_null(value: Json) -> Json:
+    """Return a section without its keys that are null, which is DeepSpeed's way of writing a default."""
+    return {key: each for key, each in value.items() if each is not None} if isinstance(value, Mapping) else value
 
 
 def _with_notes(config: Config, auto_keys: Iterable[str], no_effect: Mapping[str, str]) -> Config:

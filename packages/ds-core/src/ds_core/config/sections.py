@@ -79,10 +79,10 @@ class Bf16:
 class DataTypes:
     """Data types beside those of forward and backward."""
 
-    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] | None = None
-    """What summed gradients are kept in until the step; None is fp32, which loses nothing."""
-    keep_in_fp32_modules: tuple[str, ...] | None = None
-    """Modules that stay in float32 under bf16 and fp16: names of classes, or parts of qualified names; None: none."""
+    grad_accum_dtype: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """What summed gradients are kept in until the step; fp32 loses nothing."""
+    keep_in_fp32_modules: tuple[str, ...] = ()
+    """Modules that stay in float32 under bf16 and fp16: names of classes, or parts of qualified names."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -98,15 +98,15 @@ class ActivationCheckpointing:
     """Whether saved inputs wait in host memory, pinned where the model is on a GPU. On CPU that is where they are."""
     contiguous_memory_optimization: bool = False
     """Whether saved inputs are copied into buffers that are allocated once."""
-    number_checkpoints: int | None = None
-    """Saved inputs that one such buffer holds, usually the number of layers; None is 8. There may be several."""
+    number_checkpoints: int = 8
+    """Saved inputs that one such buffer holds, usually the number of layers. There may be several."""
     synchronize_checkpoint_boundary: bool = False
     """Whether the GPU's work is waited for before and after each recomputed function, for timing."""
     profile: bool = False
     """Whether torch.profiler shows ranges ``ds.activations.forward`` and ``ds.activations.recompute``."""
 
     def __post_init__(self) -> None:
-        if self.number_checkpoints is not None and self.number_checkpoints <= 0:
+        if self.number_checkpoints <= 0:
             raise ValueError(f"number_checkpoints must be positive, got {self.number_checkpoints}")
 
 
