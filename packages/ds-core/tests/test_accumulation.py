@@ -53,15 +53,28 @@ def test_a_checkpoint_loaded_within_a_step_draws_the_same_numbers(tmp_path):
     assert model.drawn[0] == model.drawn[1]
 
 
+def test_a_second_backward_pass_of_a_micro_batch_is_refused():
+    model = Probe()
+    engine, sharded = engine_of(model, accumulation=2)
+    for gradient in (1.0, 3.0):
+        backward(engine, gradient)
+        with pytest.raises(
+            RuntimeError, match=r"a second time for one micro-batch: add its losses up .* then step\(\)"
+        ):
+            backward(engine, 100.0)
+        outcome = engine.step()
+    assert (outcome.grad_norm, sharded.micro_batches) == (2.0, 0)
+
+
 @pytest.mark.parametrize("passes", [0, 2])
 def test_a_micro_batch_has_one_backward_pass(passes):
     model = Probe()
     engine, sharded = engine_of(model, accumulation=1)
     for _ in range(passes):
-        backward(engine, 1.0)
+        engine(torch.tensor(1.0)).backward()
     with pytest.raises(
         RuntimeError,
-        match=rf"the 1\. micro-batch .* there were {passes} backward passes: .* call backward\(\) once per micro-batch",
+        match=rf"for micro-batch 1 .* passes since then is {passes}: .* call backward\(\) once per micro-batch",
     ):
         engine.step()
     assert engine.counters.micro_steps == 0
@@ -79,7 +92,7 @@ def test_with_a_boundary_said_every_backward_pass_is_a_micro_batch():
             backward(engine, gradient)
         assert engine.step().grad_norm == 3.0
     assert engine.counters.micro_steps == 5
-    with pytest.raises(RuntimeError, match="there were 0 backward passes"):
+    with pytest.raises(RuntimeError, match="backward passes since then is 0"):
         engine.step()
 
 

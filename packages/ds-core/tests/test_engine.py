@@ -151,6 +151,13 @@ def test_backward_wants_a_scalar():
         engine.backward(torch.zeros(3))
 
 
+def test_backward_wants_a_loss_with_a_graph():
+    engine, sharded = engine_of(Probe())
+    with pytest.raises(ValueError, match=r"requires no gradient: it was detached, .* nothing it depends on is trained"):
+        engine.backward(engine(torch.tensor(1.0)).detach())
+    assert sharded.micro_batches == 0
+
+
 def test_inputs_are_cast_where_asked_and_only_floating_ones():
     model = Probe()
     engine, _ = engine_of(model, cast_inputs=torch.float16)

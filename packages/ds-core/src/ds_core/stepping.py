@@ -84,9 +84,24 @@ class Stepping:
 
         The loss is this micro-batch's mean: the engine averages over micro-batches and ranks. A micro-batch has one
         backward pass: where it has several losses, add them up.
+
+        Raises:
+            ValueError: The loss is no scalar, or has no graph to go back through.
+            RuntimeError: The micro-batch has had its backward pass, and :meth:`step` has not counted it; nothing was
+                changed.
         """
         if loss.numel() != 1:
             raise ValueError(f"backward() takes a scalar loss, got shape {list(loss.shape)}: reduce it with .mean()")
+        if not loss.requires_grad:
+            raise ValueError(
+                "backward() takes a loss that depends on trained parameters, got one that requires no gradient: it was "
+                "detached, computed under torch.no_grad(), or nothing it depends on is trained"
+            )
+        if self._boundary is None and self._sharded.micro_batches > self._pending:
+            raise RuntimeError(
+                "backward() is called a second time for one micro-batch: add its losses up and call backward() once, "
+                "then step(); set_gradient_accumulation_boundary() makes every backward pass a micro-batch of its own"
+            )
         # float32: a float16 loss would overflow under the scale
         scaled = loss if self._scale.scale == 1.0 else loss.float() * self._scale.scale
         with record_function("ds.backward"):
@@ -169,9 +184,9 @@ class Stepping:
         passes, counted = self._sharded.micro_batches, self._pending + 1
         if passes != counted if self._boundary is None else boundary and not passes:
             raise RuntimeError(
-                f"step() is called for the {counted}. micro-batch since the last update, but there were {passes} "
-                "backward passes: add the losses up and call backward() once per micro-batch, on parameters that are "
-                "trained, then step(); or drop the gradients with zero_grad()"
+                f"step() is called for micro-batch {counted} since the last update, but the number of backward passes "
+                f"since then is {passes}: add the losses up and call backward() once per micro-batch, on parameters "
+                "that are trained, then step(); or drop the gradients with zero_grad()"
             )
         if self._scale.scale != 1.0 and passes != self._scaled:
             raise RuntimeError("loss.backward() does not apply the loss scale of float16: call engine.backward(loss)")
