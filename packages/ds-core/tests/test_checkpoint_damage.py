@@ -196,10 +196,28 @@ def test_when_all_are_damaged_the_error_says_why_for_each(history):
 
 def test_an_empty_directory_has_no_checkpoint(tmp_path):
     (tmp_path / "logs").mkdir()
-    with pytest.raises(CheckpointError, match="no checkpoint can be opened"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint can be opened in .*: nothing was saved there"):
         open_checkpoint(tmp_path)
-    with pytest.raises(CheckpointError, match="no checkpoint can be opened"):
-        load_full(tmp_path / "nowhere")
+
+
+def test_a_directory_that_does_not_exist_is_named_whole(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for opening in (open_checkpoint, load_full):
+        with pytest.raises(CheckpointError, match=rf"there is no folder {tmp_path}/nowhere$"):
+            opening("nowhere")
+    with pytest.raises(ValueError, match=rf"there is no folder {tmp_path}/nowhere, so no checkpoint 'a' in it"):
+        open_checkpoint("nowhere", "a")
+
+
+def test_a_checkpoint_in_place_of_its_directory_is_told_with_tag_and_directory(history):
+    with pytest.raises(CheckpointError, match=rf"it is one itself: name .* {history}, and the tag 'b'"):
+        open_checkpoint(history / "b")
+
+
+def test_a_latest_that_names_nothing_is_told(tmp_path):
+    (tmp_path / "latest").write_text("a")
+    with pytest.raises(CheckpointError, match=r"found were:\n  a: there is no checkpoint 'a' in"):
+        open_checkpoint(tmp_path)
 
 
 def test_an_unknown_tag_is_told_with_those_there_are(history):

@@ -66,9 +66,7 @@ class Candidates:
         """
         for checkpoint in self._attempts:
             return checkpoint
-        raise CheckpointError(
-            f"no checkpoint can be opened in {self._root}; found were:\n{listing(self._skipped) or '  nothing'}"
-        )
+        raise CheckpointError(_why_none(self._root, self._skipped))
 
     def skip(self, checkpoint: Checkpoint, problems: Sequence[str]) -> None:
         """Note why the one that was returned last is not taken."""
@@ -172,10 +170,26 @@ def load_full(path: str | os.PathLike[str], role: str = "param") -> dict[str, Te
 def _open_named(root: Path, tag: str) -> Checkpoint:
     check_tag(tag)
     folder = root / tag
+    if not root.is_dir():
+        raise ValueError(f"there is no folder {root.absolute()}, so no checkpoint {tag!r} in it")
     if not folder.is_dir():
         tags = published_tags(root)
         raise ValueError(f"there is no checkpoint {tag!r} in {root}; there are: {', '.join(tags) or 'none'}")
     return Checkpoint(folder)
+
+
+def _why_none(root: Path, skipped: Sequence[str]) -> str:
+    """Say why no checkpoint can be opened: there is nothing to open, or what there was does not verify."""
+    if not root.is_dir():
+        return f"no checkpoint can be opened: there is no folder {root.absolute()}"
+    if (root / MANIFEST).is_file():
+        return (
+            f"no checkpoint can be opened in {root}, because it is one itself: name the folder that holds it, "
+            f"{root.absolute().parent}, and the tag {root.absolute().name!r}"
+        )
+    if read_latest(root) is None and not published_tags(root):
+        return f"no checkpoint can be opened in {root}: nothing was saved there, it holds no folder with a {MANIFEST}"
+    return f"no checkpoint can be opened in {root}; found were:\n{listing(skipped)}"
 
 
 def _attempts(root: Path, skipped: list[str]) -> Iterator[Checkpoint]:
