@@ -67,6 +67,22 @@ def test_a_schedule_of_torch_is_stepped_without_a_warning(plugins):
     assert schedule.get_last_lr() == [pytest.approx(0.01)]
 
 
+@pytest.mark.parametrize(
+    ("settings", "dtype"),
+    [
+        ({"bf16": {"enabled": True}}, torch.float32),
+        ({"bf16": {"enabled": True, "auto_cast": True}}, torch.bfloat16),
+        ({"fp16": {"enabled": True, "auto_cast": True}}, torch.float16),
+        ({"bf16": {"enabled": True}, "fp16": {"auto_cast": True}}, torch.float32),
+    ],
+)
+def test_inputs_are_cast_to_what_the_model_computes_in_where_asked(plugins, settings, dtype):
+    model = Probe()
+    engine = initialize(model, config={**CONFIG, **settings}).engine
+    engine(torch.tensor(1.0))
+    assert model.seen[0].dtype == dtype
+
+
 # Kernels #
 
 

@@ -26,7 +26,7 @@ def test_the_effective_configuration_is_printed_as_json(file):
     assert result.exit_code == 0, result.output
     values = json.loads(result.stdout)
     assert values["train_micro_batch_size_per_gpu"] == 4
-    assert values["bf16"] == {"enabled": True, "check_grad_overflow": True}
+    assert values["bf16"] == {"enabled": True, "auto_cast": False, "check_grad_overflow": True}
     assert values["gradient_clipping"] == 1.0
     assert values["data_types"] == {"grad_accum_dtype": "fp32", "keep_in_fp32_modules": []}
     assert values["activation_checkpointing"]["number_checkpoints"] == 8

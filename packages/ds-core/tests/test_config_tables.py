@@ -134,3 +134,8 @@ def test_loss_scale_settings_have_no_effect_where_float16_is_off():
     config = parsed(fp16={"loss_scale_window": 50, "hysteresis": 2, "auto_cast": True})
     assert config.no_effect == dict.fromkeys(["fp16.loss_scale_window", "fp16.auto_cast"], "fp16.enabled is false")
     assert parsed(fp16={"enabled": True, "loss_scale_window": 50}).no_effect == {}
+
+
+def test_bf16_settings_have_no_effect_where_bfloat16_is_off():
+    assert parsed(bf16={"auto_cast": True}).no_effect == {"bf16.auto_cast": "bf16.enabled is false"}
+    assert parsed(bf16={"enabled": True, "auto_cast": True}).no_effect == {}

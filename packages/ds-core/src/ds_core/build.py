@@ -228,6 +228,7 @@ def _schedule(
 
 
 def _policy(settings: Config, context: BuildContext, rank: int, num_ranks: int) -> StepPolicy:
+    precision = settings.bf16 if settings.bf16.enabled else settings.fp16
     return StepPolicy(
         train_batch_size=settings.train_batch_size,
         micro_batch_size=settings.train_micro_batch_size_per_gpu,
@@ -236,7 +237,7 @@ def _policy(settings: Config, context: BuildContext, rank: int, num_ranks: int) 
         num_ranks=num_ranks,
         clip=settings.gradient_clipping,
         skip_not_finite=settings.bf16.check_grad_overflow or not settings.bf16.enabled,
-        cast_inputs=torch.float16 if settings.fp16.enabled and settings.fp16.auto_cast else None,
+        cast_inputs=context.compute_dtype if precision.auto_cast else None,
         seed=settings.seed,
         device=context.device,
     )

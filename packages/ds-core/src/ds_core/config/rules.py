@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from .sections import ActivationCheckpointing, Config, Fp16
+from .sections import ActivationCheckpointing, Bf16, Config, Fp16
 
 if TYPE_CHECKING:
     from ..protocols import Json
+
+_Section: TypeAlias = Fp16 | Bf16 | ActivationCheckpointing
 
 
 def check(raw: Mapping[str, Json], *, client_optimizer: bool) -> None:
@@ -49,6 +51,8 @@ def idle(config: Config) -> dict[str, str]:
     found: dict[str, str] = {}
     if not config.fp16.enabled:
         found |= {f"fp16.{key}": "fp16.enabled is false" for key in _changed(config.fp16, Fp16())}
+    if not config.bf16.enabled:
+        found |= {f"bf16.{key}": "bf16.enabled is false" for key in _changed(config.bf16, Bf16())}
     section = "activation_checkpointing"
     changed = _changed(config.activation_checkpointing, ActivationCheckpointing())
     if not config.activation_checkpointing.blocks:
@@ -60,7 +64,7 @@ def idle(config: Config) -> dict[str, str]:
     return found
 
 
-def _changed(section: Fp16 | ActivationCheckpointing, default: Fp16 | ActivationCheckpointing) -> list[str]:
+def _changed(section: _Section, default: _Section) -> list[str]:
     values, defaults = asdict(section), asdict(default)
     return [key for key in values if values[key] != defaults[key]]
 

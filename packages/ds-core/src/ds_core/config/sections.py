@@ -71,6 +71,8 @@ class Bf16:
 
     enabled: bool = False
     """Whether forward and backward run in bfloat16."""
+    auto_cast: bool = False
+    """Whether floating-point inputs of the model are cast to bfloat16."""
     check_grad_overflow: bool = True
     """Whether a step whose gradients are not finite is skipped, as float16 does."""
 
