@@ -24,8 +24,9 @@ def test_batch_sizes_follow_from_the_batch_rule():
 
 
 def test_no_batch_size_at_all_is_an_error():
-    with pytest.raises(ValueError, match="set at least one of the two"):
-        parse({"train_batch_size": "auto", "train_micro_batch_size_per_gpu": "auto"}, 2, no_plugins)
+    for raw in ({}, {"train_micro_batch_size_per_gpu": "auto"}, {"gradient_accumulation_steps": 2}):
+        with pytest.raises(ValueError, match=r"(?s)^train_batch_size = 'auto', .* the others follow.*\nPut values"):
+            parse({"train_batch_size": "auto", **raw}, 2, no_plugins)
 
 
 def test_other_keys_take_their_default():
@@ -70,7 +71,7 @@ def test_what_only_the_caller_knows_is_refused_by_name(path):
     for key in reversed(path.split(".")):
         value = {key: value}
     with pytest.raises(ValueError, match=rf"{path} = 'auto', but only the caller knows") as caught:
-        parse({"train_batch_size": 8, **value}, 1, no_plugins)
+        parse(value if path.startswith("train_") else {"train_batch_size": 8, **value}, 1, no_plugins)
     assert CALLER_KNOWS[path] in str(caught.value)
 
 

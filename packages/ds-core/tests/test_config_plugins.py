@@ -85,10 +85,11 @@ def test_the_old_form_of_the_partitioners_section(old, stage):
             {"inner": {"dept": 1}},
             "unknown key zero_optimization.inner.dept = 1; did you mean 'zero_optimization.inner.depth'?",
         ),
+        ({"stage": "3"}, "zero_optimization.stage: got '3' (write it without quotes), must be a valid integer"),
         ({"stage": "two"}, "zero_optimization.stage: got 'two', must be a valid integer"),
         ({"inner": {"depth": []}}, "zero_optimization.inner.depth: got [], must be a valid integer"),
         ({"names": ["a", 1]}, "zero_optimization.names[1]: got 1, must be a valid string"),
-        ({"stage": 4}, "zero_optimization: is refused: stage must be at most 3, got 4"),
+        ({"stage": 4}, "zero_optimization: stage must be at most 3, got 4"),
         ([], "zero_optimization must be an object {...}; got []"),
     ],
 )
@@ -211,7 +212,7 @@ def test_the_schedule_is_a_value():
         ),
         (
             {"type": "WarmupDecayLR", "params": {"warmup_max_lr": 1}},
-            "scheduler.params.total_num_steps: is missing, and has no default",
+            "scheduler.params.total_num_steps is missing, and has no default",
         ),
         (
             {"type": "WarmupLR", "params": {"warmup_num_step": 1}},
@@ -222,12 +223,17 @@ def test_the_schedule_is_a_value():
             "scheduler.params.warmup_max_lr: got 'x', must be a valid number or a valid array",
         ),
         (
+            {"type": "WarmupLR", "params": {"warmup_max_lr": "0.1"}},
+            "scheduler.params.warmup_max_lr: got '0.1' (write it without quotes), must be a valid number or a "
+            "valid array",
+        ),
+        (
             {"type": "WarmupLR", "params": {"warmup_type": "exp"}},
             "scheduler.params.warmup_type: got 'exp', must be 'log' or 'linear'",
         ),
         (
             {"type": "WarmupLR", "params": {"warmup_num_steps": 0}},
-            "scheduler.params: is refused: warmup_num_steps must be a positive whole number, got 0",
+            "scheduler.params: warmup_num_steps must be a positive whole number, got 0",
         ),
     ],
 )

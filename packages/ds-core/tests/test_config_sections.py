@@ -58,7 +58,17 @@ def test_steps_per_print_may_be_infinite():
 @pytest.mark.parametrize(
     ("raw", "message"),
     [
-        ({"train_batch_size": "8"}, "train_batch_size: got '8', must be a valid integer"),
+        ({"train_batch_size": "8"}, "train_batch_size: got '8' (write it without quotes), must be a valid integer"),
+        ({"train_batch_size": "eight"}, "train_batch_size: got 'eight', must be a valid integer"),
+        (
+            {"gradient_clipping": "1e-3"},
+            "gradient_clipping: got '1e-3' (write it without quotes), must be a valid number",
+        ),
+        ({"fp16": {"enabled": "True"}}, "fp16.enabled: got 'True' (write it without quotes), must be a valid boolean"),
+        (
+            {"data_types": {"grad_accum_dtype": "32"}},
+            "data_types.grad_accum_dtype: got '32', must be 'fp32', 'bf16' or 'fp16'",
+        ),
         ({"train_batch_size": True}, "train_batch_size: got True, must be a valid integer"),
         ({"gradient_clipping": "x"}, "gradient_clipping: got 'x', must be a valid number"),
         ({"fp16": {"enabled": 1}}, "fp16.enabled: got 1, must be a valid boolean"),
@@ -79,21 +89,20 @@ def test_steps_per_print_may_be_infinite():
         ({"seed": -1}, "seed must be >= 0, got -1"),
         (
             {"fp16": {"loss_scale": -2}},
-            "fp16: is refused: loss_scale must be finite and >= 0 (0 is dynamic), got -2.0",
+            "fp16: loss_scale must be finite and >= 0 (0 is dynamic), got -2.0",
         ),
         (
             {"fp16": {"enabled": True, "hysteresis": 0}},
-            "fp16: is refused: hysteresis must be positive for a dynamic loss scale, got 0",
+            "fp16: hysteresis must be positive for a dynamic loss scale, got 0",
         ),
         (
             {"fp16": {"enabled": True, "initial_scale_power": 3, "min_loss_scale": 16}},
-            "fp16: is refused: min_loss_scale = 16 must not be above the scale to start from, "
-            "2 ** initial_scale_power = 8",
+            "fp16: min_loss_scale = 16 must not be above the scale to start from, 2 ** initial_scale_power = 8",
         ),
         *(
             (
                 {"fp16": {"enabled": True, "initial_scale_power": power}},
-                "fp16: is refused: initial_scale_power must be between 0 and 127, the exponent of the largest float32, "
+                "fp16: initial_scale_power must be between 0 and 127, the exponent of the largest float32, "
                 f"got {power}",
             )
             for power in (2000, -1)

@@ -50,6 +50,15 @@ def test_duplicate_keys_are_errors(text, tmp_path):
             read(source)
 
 
+@pytest.mark.parametrize("source", [None, 8, [VALUE]])
+def test_what_is_no_configuration_is_told_with_the_forms_of_one(source):
+    with pytest.raises(ValueError) as caught:
+        read(source)
+    assert str(caught.value) == (
+        f"a configuration is required: a dictionary, the path of a JSON file, JSON text or base64 of it; got {source!r}"
+    )
+
+
 def test_missing_file_names_the_path():
     with pytest.raises(ValueError, match=r"got 'no/such/file.json', .* no such file exists"):
         read("no/such/file.json")

@@ -107,6 +107,8 @@ def test_the_two_tables_are_disjoint():
         ),
         ({"optimizer": {"typ": "SGD"}}, "unknown key optimizer.typ = 'SGD'; did you mean 'optimizer.type'?"),
         ({"qqq": 1}, "unknown key qqq = 1"),
+        ({"_comment": "x"}, "unknown key _comment = 'x'; no key starts with '_', and JSON has no comments: remove it"),
+        ({"fp16": {"//": 1}}, "unknown key fp16.// = 1; no key starts with '/', and JSON has no comments: remove it"),
         ({"aio": 3}, "aio must be an object {...}; got 3"),
     ],
 )

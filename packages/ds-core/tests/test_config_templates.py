@@ -81,7 +81,8 @@ def test_a_template_that_nobody_has_filled_in_names_the_keys(path):
     keys = [line.split(" ")[0] for line in str(caught.value).splitlines()[:-1]]
     assert keys[0] == "optimizer.params.lr"
     assert "scheduler.params.warmup_num_steps" in keys
-    assert not any(key.startswith(("zero_optimization", "train", "gradient")) for key in keys)
+    assert "train_micro_batch_size_per_gpu" in keys
+    assert not any(key.startswith(("zero_optimization", "gradient")) for key in keys)
 
 
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: path.stem)

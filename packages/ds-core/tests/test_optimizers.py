@@ -89,7 +89,7 @@ def test_adam_is_read_as_deepspeed_does(name, params, kind, settings):
         ("SGD", {"learning_rate": 0.1}, r"optimizer.params.learning_rate = 0.1 is no setting of torch.optim.SGD.*lr"),
         ("SGD", {"momentun": 0.1}, r"did you mean 'momentum'"),
         ("SGD", {"lr": -1}, r"optimizer.params = \{'lr': -1\}: torch.optim.SGD refuses it: Invalid learning rate"),
-        ("AdamW", {"lr": "5e-5"}, r"torch.optim.AdamW refuses it"),
+        ("AdamW", {"lr": "5e-5"}, r"torch.optim.AdamW refuses it: .*; write lr without quotes$"),
         ("AdamW", {"bias_correction": False}, r"optimizer.params.bias_correction = False: torch's AdamW has True only"),
         ("AdamW", {"fp32_optimizer_states": False}, r"fp32_optimizer_states = False"),
         ("Adammm", {}, r"optimizer.type = 'Adammm' is neither an installed plugin \(Lion\) nor .*did you mean 'Adam"),
@@ -102,6 +102,16 @@ def test_adam_is_read_as_deepspeed_does(name, params, kind, settings):
 def test_errors_name_the_setting(name, params, message):
     with pytest.raises(ValueError, match=message):
         torch_optimizer(name, params, plugins=("Lion",))
+
+
+@pytest.mark.parametrize("name", ["OneBitAdam", "onebitlamb", "ZeroOneAdam", "muadam"])
+def test_a_known_optimizer_that_is_not_provided_is_called_that(name):
+    with pytest.raises(ValueError) as caught:
+        torch_optimizer(name, {}, plugins=("AdamW", "Lamb"))
+    message = str(caught.value)
+    assert message.startswith(f"optimizer.type = {canonical_name(name)!r} is known, but not provided here")
+    assert "(AdamW, Lamb)" in message
+    assert "did you mean" not in message
 
 
 def test_a_groups_own_settings_win():

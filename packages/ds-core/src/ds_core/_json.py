@@ -1,4 +1,4 @@
-"""JSON values: making sure that something is one, and spelling the state of a schedule as one.
+"""JSON values: making sure that something is one, or was meant to be, and spelling the state of a schedule as one.
 
 [Note: State as JSON]
 JSON has lists for tuples and only strings for keys, so what goes beyond it is spelled out, as an object with one key
@@ -8,6 +8,7 @@ as a tensor or an object of a class, is an error that names the place.
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping
 from numbers import Integral, Real
@@ -51,6 +52,21 @@ def plain(value: object, path: str) -> Json:
     if isinstance(value, (list, tuple)):
         return [plain(each, f"{path}[{index}]") for index, each in enumerate(value)]
     raise ValueError(f"{path or 'this'} must be a JSON value, got {value!r} of type {type(value).__name__}")
+
+
+def is_quoted(value: object) -> bool:
+    """Whether a value is a string that would be a number, or true or false, without its quotes.
+
+    Example:
+        >>> is_quoted("1e-3"), is_quoted("True"), is_quoted("AdamW"), is_quoted(1e-3)
+        (True, True, False, False)
+    """
+    if not isinstance(value, str):
+        return False
+    try:
+        return isinstance(json.loads(value.casefold()), (bool, int, float))
+    except json.JSONDecodeError:
+        return False
 
 
 def encode_state(value: object, path: str) -> Json:

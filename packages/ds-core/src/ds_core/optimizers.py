@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
+from ._json import is_quoted
 from .registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -26,7 +27,10 @@ REFUSED: Mapping[str, str] = {
 }
 """Classes of ``torch.optim`` that cannot be used, each with the reason."""
 
-PLUGIN_NAMES = ("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD")
+PLUGIN_NAMES = (
+    *("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD"),
+    *("OneBitAdam", "OneBitLamb", "ZeroOneAdam"),
+)
 """Names that DeepSpeed's files write in any case, beside torch's own, and that a plugin can offer."""
 
 # Settings of DeepSpeed's Adam that torch's lacks, each with the values under which the two agree.
@@ -108,10 +112,11 @@ def torch_optimizer(name: str, params: Mapping[str, Json], plugins: Iterable[str
     if name in ("Adam", "AdamW"):
         name, settings = _adopt_adam(name, settings)
     if name not in kinds:
+        known = name in PLUGIN_NAMES
+        what = "is known, but not provided here: it is neither" if known else "is neither"
         raise ValueError(
-            f"optimizer.type = {name!r} is neither an installed plugin "
-            f"({', '.join(plugins) or 'none installed'}) nor one of torch's: "
-            f"{', '.join(kinds)}{did_you_mean(name, (*plugins, *kinds))}"
+            f"optimizer.type = {name!r} {what} an installed plugin ({', '.join(plugins) or 'none installed'}) nor one "
+            f"of torch's: {', '.join(kinds)}{'' if known else did_you_mean(name, (*plugins, *kinds))}"
         )
     _check_settings(name, kinds[name], settings)
     return TorchOptimizer(kind=kinds[name], settings=settings)
@@ -141,7 +146,10 @@ def _check_settings(name: str, kind: OptimizerType, settings: Mapping[str, Any])
     try:
         kind([torch.zeros(1, 1)], **settings)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"optimizer.params = {settings}: torch.optim.{name} refuses it: {error}") from error
+        quoted = [f"; write {key} without quotes" for key, value in settings.items() if is_quoted(value)]
+        raise ValueError(
+            f"optimizer.params = {settings}: torch.optim.{name} refuses it: {error}{''.join(quoted)}"
+        ) from error
 
 
 # Makers #

@@ -13,7 +13,11 @@ if TYPE_CHECKING:
 _LR = "optimizer.params.lr"
 _MAX_LR = "scheduler.params.warmup_max_lr"
 
+_SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu")
+_NO_SIZE = f"the batch size (a number for {' or '.join(_SIZES)} will do, the others follow)"
+
 CALLER_KNOWS: Mapping[str, str] = {
+    **dict.fromkeys(_SIZES, _NO_SIZE),
     _LR: "the learning rate",
     "optimizer.type": "the optimizer",
     "scheduler.type": "the schedule",
@@ -24,7 +28,7 @@ CALLER_KNOWS: Mapping[str, str] = {
     "scheduler.params.warmup_num_steps": "the length of the warm-up",
     "zero_optimization.stage": "how much memory there is",
 }
-"""Keys for which no value can be chosen here, and what the caller alone knows."""
+"""Keys for which no value can be chosen here, unless it follows from another, and what the caller alone knows."""
 
 MEANINGFUL = frozenset({"kernels.backend"})
 """Keys for which ``"auto"`` is a value like others."""
@@ -53,14 +57,17 @@ def resolve(raw: Mapping[str, Json]) -> Resolved:
         ValueError: If only the caller can know; all such keys are named.
 
     Example:
-        >>> resolve({"train_batch_size": "auto", "seed": 1})
-        Resolved(kept={'seed': 1}, keys=('train_batch_size',))
+        >>> resolve({"train_batch_size": 8, "seed": "auto"})
+        Resolved(kept={'train_batch_size': 8}, keys=('seed',))
     """
     lr = _learning_rate(raw)
     keys: list[str] = []
     owned = {key: value for key, value in raw.items() if key in OWNED}
     kept = _resolve(owned, "", lr, keys)
-    unknown = [key for key in keys if key in CALLER_KNOWS and (key != _MAX_LR or lr is None)]
+    follow = set(_SIZES) if any(kept.get(key) is not None for key in _SIZES) else set()
+    if lr is not None:
+        follow.add(_MAX_LR)
+    unknown = [key for key in keys if key in CALLER_KNOWS and key not in follow]
     if unknown:
         raise ValueError(
             "\n".join(f"{key} = 'auto', but only the caller knows {CALLER_KNOWS[key]}" for key in unknown)

@@ -8,6 +8,7 @@ import typing
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
+from .._json import is_quoted
 from ..registry import did_you_mean
 
 if TYPE_CHECKING:
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from ..protocols import Json
 
 T = TypeVar("T")
+
+_UNQUOTED = ("int_type", "float_type", "bool_type")  # pydantic's errors about what JSON writes without quotes
 
 
 def validated(kind: type[T], value: Json, path: str, others: Iterable[str] = ()) -> T:
@@ -58,6 +61,8 @@ def validated(kind: type[T], value: Json, path: str, others: Iterable[str] = ())
 def unknown_key(path: str, value: Json, known: Iterable[str]) -> str:
     """Return the message about a key that does not exist, ``known`` being the keys beside it."""
     section, _, key = path.rpartition(".")
+    if not key[:1].isalpha():
+        return f"unknown key {path} = {value!r}; no key starts with {key[:1]!r}, and JSON has no comments: remove it"
     near = did_you_mean(key, known)
     if section:
         near = near.replace("did you mean '", f"did you mean '{section}.")
@@ -103,14 +108,16 @@ def _messages(errors: Iterable[ErrorDetails], value: Json, path: str) -> list[st
         where, got = _locate(error["loc"], value, path)
         expected = error["msg"].removeprefix("Input should be ")
         if error["type"] == "missing":
-            problems[f"{where}.{error['loc'][-1]}"] = "is missing, and has no default"
+            missing = f"{where}.{error['loc'][-1]}"
+            problems[missing] = f"{missing} is missing, and has no default"
         elif error["type"] == "value_error":
-            problems[where] = f"is refused: {error['ctx']['error']}"
+            problems[where] = f"{where}: {error['ctx']['error']}"
         elif where in problems:
             problems[where] += f" or {expected}"
         else:
-            problems[where] = f"got {got!r}, must be {expected}"
-    return [f"{where}: {problem}" for where, problem in problems.items()]
+            cure = " (write it without quotes)" if error["type"] in _UNQUOTED and is_quoted(got) else ""
+            problems[where] = f"{where}: got {got!r}{cure}, must be {expected}"
+    return [*problems.values()]
 
 
 def _locate(loc: tuple[int | str, ...], value: Json, path: str) -> tuple[str, Json]:

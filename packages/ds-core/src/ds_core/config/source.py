@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, cast
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
 
 Source: TypeAlias = "Mapping[str, object] | str | Path"
 """Where a configuration comes from."""
+
+_FORMS = "a dictionary, the path of a JSON file, JSON text or base64 of it"
 
 
 def read(source: Source) -> dict[str, Json]:
@@ -37,6 +40,8 @@ def read(source: Source) -> dict[str, Json]:
     """
     if isinstance(source, Mapping):
         return cast("dict[str, Json]", plain(source, ""))
+    if not isinstance(cast("object", source), (str, os.PathLike)):
+        raise ValueError(f"a configuration is required: {_FORMS}; got {source!r}")
     text, origin = _text(source)
     try:
         value = json.loads(text, object_pairs_hook=_without_duplicates)
@@ -61,10 +66,7 @@ def _text(source: str | Path) -> tuple[str, str]:
     except (UnicodeError, binascii.Error):
         decoded = ""
     if not decoded.lstrip().startswith("{"):
-        raise ValueError(
-            "a configuration is a dictionary, the path of a JSON file, JSON text or base64 of it; got "
-            f"{text!r}, which is none of these: no such file exists"
-        )
+        raise ValueError(f"a configuration is {_FORMS}; got {text!r}, which is none of these: no such file exists")
     return decoded, "the configuration given as base64"
 
 
