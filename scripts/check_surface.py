@@ -7,6 +7,7 @@ what a change means to users. Needs the wheels installed.
 from __future__ import annotations
 
 import difflib
+import dis
 import importlib
 import inspect
 import re
@@ -61,11 +62,20 @@ def _object(name: str, value: Any) -> Iterator[str]:
     elif hasattr(value, "_fields"):
         yield from (f"    {field}" for field in value._fields)
     ours = [kind for kind in reversed(value.__mro__) if kind.__module__.startswith(name.partition(".")[0])]
+    if not is_dataclass(value):
+        yield from (f"    {attribute} (attribute)" for attribute in sorted(_attributes(ours)))
     for member_name, member in sorted({key: each for kind in ours for key, each in vars(kind).items()}.items()):
         if isinstance(member, property):
             yield f"    {member_name} (property)"
         elif inspect.isfunction(member) and (not member_name.startswith("_") or member_name == "__call__"):
             yield f"    {member_name}{_signature(member)}"
+
+
+def _attributes(kinds: list[type]) -> set[str]:
+    """Return the public attributes that the constructors of a class set on its instances."""
+    constructors = [vars(kind)["__init__"] for kind in kinds if inspect.isfunction(vars(kind).get("__init__"))]
+    stores = (each for function in constructors for each in dis.get_instructions(function))
+    return {each.argval for each in stores if each.opname == "STORE_ATTR" and not each.argval.startswith("_")}
 
 
 def _signature(function: Any) -> str:
