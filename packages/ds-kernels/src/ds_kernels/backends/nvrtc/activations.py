@@ -11,13 +11,10 @@ import torch
 from torch import Tensor
 
 from ..checks import check_device
-from .kernel import FORMATS, PACKET, Kernel
+from .kernel import FORMATS, Kernel
 from .launcher import Launcher
+from .tiles import TILE_THREADS, rows_and_columns, tiles
 
-_THREADS = 256  # kTileThreads * kTileRows of cuda/bias_gelu.cuh
-_TILE_COLUMNS = 32 * PACKET
-_TILE_ROWS = 8
-_WANTED_BLOCKS = 2048  # several for each multiprocessor of any GPU
 _GELU = MappingProxyType({"none": "Erf", "tanh": "Tanh"})
 
 
@@ -33,7 +30,7 @@ class _BiasGeluArgs(ctypes.Structure):
 def bias_gelu_kernel(dtype: torch.dtype, approximate: str, *, backward: bool) -> Kernel:
     """Return the kernel for one data type and form of GELU."""
     types = FORMATS[dtype], _GELU[approximate], str(backward).lower()
-    return Kernel("bias_gelu.cuh", "BiasGeluArgs", f"bias_gelu<{', '.join(types)}>", _THREADS)
+    return Kernel("bias_gelu.cuh", "BiasGeluArgs", f"bias_gelu<{', '.join(types)}>", TILE_THREADS)
 
 
 def bias_gelu(launch: Launcher, x: Tensor, bias: Tensor | None, approximate: str) -> Tensor:
@@ -57,17 +54,14 @@ def bias_gelu_backward(
 def _run(launch: Launcher, kernel: Kernel, inputs: tuple[Tensor | None, Tensor, Tensor | None], out: Tensor) -> Tensor:
     """Fill ``out``; return the sums over slabs of rows that the bias's gradient is made of, ``[slabs, columns]``."""
     grad, x, bias = inputs
-    columns = x.shape[-1] if x.dim() else 1
-    rows = x.numel() // columns if columns else 0
-    tiles = -(-columns // _TILE_COLUMNS)
-    slabs = max(1, min(-(-rows // _TILE_ROWS), _WANTED_BLOCKS // max(1, tiles)))
-    slab = -(-rows // slabs)
+    rows, columns = rows_and_columns(x)
+    blocks, slab = tiles(rows, columns)
     with_sums = grad is not None and bias is not None
-    partial = torch.zeros(slabs if with_sums else 0, columns, dtype=torch.float32, device=x.device)
+    partial = torch.zeros(blocks[1] if with_sums else 0, columns, dtype=torch.float32, device=x.device)
     if out.numel():
         held = [None if t is None else t.contiguous() for t in inputs]
         pointers = (None if t is None else t.data_ptr() for t in (*held, out, partial if with_sums else None))
-        launch(kernel, x.device, (tiles, slabs), _BiasGeluArgs(*pointers, rows, columns, slab))
+        launch(kernel, x.device, blocks, _BiasGeluArgs(*pointers, rows, columns, slab))
     return partial
 
 
