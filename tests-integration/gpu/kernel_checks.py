@@ -160,6 +160,31 @@ def activations_of_triton_are_as_exact_as_torch(device: torch.device) -> None:
     activations_of("triton", device)
 
 
+def norms_of_nvrtc_are_as_exact_as_torch(device: torch.device) -> None:
+    """Errors of layer_norm and rms_norm with a residual, forward and backward, against float64."""
+    for op, dtype, columns in product(("layer_norm", "rms_norm"), FLOATS, (131, 1028, 5000)):
+        plain = [REFERENCE.find(name, device, dtype) for name in (op, f"{op}_backward")]
+        if plain[0] is None:
+            raise NotRun(f"there is no plain {op} to compare with")
+        ours = [kernel("nvrtc", name, device) for name in (op, f"{op}_backward")]
+        x, residual, grad, grad_sum = torch.randn(4, 37, columns, device=device).to(dtype)
+        weight, bias = torch.randn(2, columns, device=device).to(dtype)
+        affine = (weight, bias) if op == "layer_norm" else (weight,)
+        got, theirs = (pair[0](x, residual, *affine, 1e-5) for pair in (ours, plain))
+        want = plain[0](got[1].double(), None, *(t.double() for t in affine), 1e-5)
+        assert same_bits(got[1], theirs[1])
+        results = [(got[0], theirs[0], want[0])]
+        statistics = theirs[2:]
+        results += zip(
+            ours[1](grad, grad_sum, got[1], weight, *statistics),
+            plain[1](grad, grad_sum, got[1], weight, *statistics),
+            plain[1](grad.double(), grad_sum.double(), got[1].double(), weight.double(), *want[2:]),
+        )
+        for a, b, c in results:
+            errors = [float((t.double() - c).abs().max()) for t in (a, b)]
+            assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 4 * float(c.abs().max()), (op, dtype, errors)
+
+
 def need_gpu(device: torch.device) -> None:
     """Leave a check that only a GPU can run."""
     if device.type == "cpu":
@@ -239,6 +264,7 @@ CHECKS: list[Callable[[torch.device], None]] = [
     sums_have_the_bits_of_the_cpu,
     activations_of_nvrtc_are_as_exact_as_torch,
     activations_of_triton_are_as_exact_as_torch,
+    norms_of_nvrtc_are_as_exact_as_torch,
     ops_are_taken_from_nvrtc_also_in_compiled_models,
     kernels_follow_streams_threads_and_graphs,
 ]

@@ -32,6 +32,8 @@ def exact_norm(x, residual, weight, bias, eps, *, layer):
 @pytest.mark.parametrize("layer", [True, False], ids=["layer_norm", "rms_norm"])
 def test_norms_are_as_exact_as_torch(on_host, shape, layer):
     op = "layer_norm" if layer else "rms_norm"
+    if PLAIN.find(op, torch.device("cpu"), torch.float32) is None:
+        pytest.skip(f"there is no plain {op} to compare with")
     for dtype, affine, added in product((torch.float32, torch.bfloat16, torch.float16), (True, False), (True, False)):
         x, residual, grad, grad_sum = torch.randn(4, *shape).to(dtype)
         x = x + 2  # a mean that is not small
