@@ -101,16 +101,16 @@ void encode_blocks(const void* x_data, float* error, std::uint8_t* payload, cons
         const Place<Code> place(layout, i);
         const auto* const x = static_cast<const typename X::Storage*>(x_data) + place.first;
         const std::size_t padded = (place.numel + kCodeLanes - 1) / kCodeLanes * kCodeLanes;
-        std::memset(block + place.numel, 0, (kBlockBuffer - place.numel) * sizeof(float));
+        for (std::size_t j = place.numel; j < padded + Code::kDigits; ++j) block[j] = 0.0f;
         if (error == nullptr) {
             for (std::size_t j = 0; j < place.numel; ++j) block[j] = X::widen(x[j]);
         } else {
             const float* const e = error + place.first;
             for (std::size_t j = 0; j < place.numel; ++j) block[j] = X::widen(x[j]) + e[j];
         }
-        Fit fit = Code::fit(block, padded, place.numel);
-        fit.scale = store_scale(payload + place.scale, fit.scale, layout.scale_format);
-        fit.inverse = fit.scale >= kSmallestNormal ? 1.0f / fit.scale : 0.0f;
+        const Fit found = Code::fit(block, padded, place.numel);
+        const float scale = store_scale(payload + place.scale, found.scale, layout.scale_format);
+        const Fit fit{scale, scale >= kSmallestNormal ? 1.0f / scale : 0.0f, found.threshold};
         std::uint8_t* const codes = payload + place.codes;
         const std::size_t bytes = place.bytes;
 #pragma omp simd

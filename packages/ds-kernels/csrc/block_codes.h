@@ -66,11 +66,13 @@ struct TernaryCode {
         const float sum = lane_sum(padded, [&](std::size_t i) { return magnitude(x[i]); });
         const float mean = sum / static_cast<float>(numel);
         const float threshold = 0.7f * mean;
-        const float kept = lane_sum(padded, [&](std::size_t i) { return magnitude(x[i]) > threshold ? 1.0f : 0.0f; });
         const float rest =
             lane_sum(padded, [&](std::size_t i) { return magnitude(x[i]) > threshold ? magnitude(x[i]) : 0.0f; });
+        std::uint32_t kept = 0;
+#pragma omp simd reduction(+ : kept)
+        for (std::size_t i = 0; i < padded; ++i) kept += magnitude(x[i]) > threshold ? 1u : 0u;
         // Nothing is kept of zeros, and of NaN and infinity, which the mean passes on.
-        return {kept > 0.0f ? rest / kept : mean, 0.0f, threshold};
+        return {kept > 0 ? rest / static_cast<float>(kept) : mean, 0.0f, threshold};
     }
     static std::uint32_t digit(float x, const Fit& fit) {
         return 1u + (x > fit.threshold ? 1u : 0u) - (x < -fit.threshold ? 1u : 0u);

@@ -21,6 +21,7 @@ from .checks import check_target
 
 _MIN_ROWS = 256  # fewer: products of matrices slow down
 _MAX_ROWS = 1024
+_MAX_CLASSES = 4096  # of a low-precision part of the weight's gradient
 
 
 class Terms(NamedTuple):
@@ -121,7 +122,9 @@ class _Gradients:
             if hidden.dtype == self.weight.dtype:
                 self.weight.addmm_(grad.t(), hidden)
             else:
-                self.weight.add_(grad.t() @ hidden)
+                for begin in range(0, len(self.weight), _MAX_CLASSES):
+                    classes = slice(begin, begin + _MAX_CLASSES)
+                    self.weight[classes].add_(grad[:, classes].t() @ hidden)
         if self.wanted[2]:
             self.bias.add_(grad.sum(0, dtype=self.bias.dtype))
 
