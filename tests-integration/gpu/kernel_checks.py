@@ -48,9 +48,9 @@ def gpu_backend(name: str, device: torch.device) -> Any:
         return backend
 
 
-def kernel(name: str, op: str, device: torch.device) -> Callable[..., Any]:
+def kernel(name: str, op: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Callable[..., Any]:
     """Return one kernel of one backend."""
-    found: Callable[..., Any] | None = gpu_backend(name, device).find(op, device, torch.float32)
+    found: Callable[..., Any] | None = gpu_backend(name, device).find(op, device, dtype)
     if found is None:
         raise NotRun(f"the backend {name!r} has no {op}")
     return found
@@ -193,6 +193,19 @@ def norms_of_nvrtc_are_as_exact_as_torch(device: torch.device) -> None:
             assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 4 * float(c.abs().max()), (op, dtype, errors)
 
 
+def products_of_cutlass_are_as_exact_as_torch(device: torch.device) -> None:
+    """Errors of linear_gelu and of what is inside the GELU, against float64; tiles that are whole and that are not."""
+    linear_gelu = kernel("cutlass", "linear_gelu", device, torch.bfloat16)
+    for dtype, (rows, columns, inner) in product(FLOATS[1:], ((1, 8, 8), (129, 264, 72), (1000, 1024, 512))):
+        x, weight = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, columns))
+        bias = torch.randn(columns, device=device).to(dtype)
+        theirs = REFERENCE.find("linear_gelu", device, dtype)(x, weight, bias)
+        want = REFERENCE.find("linear_gelu", device, dtype)(x.double(), weight.double(), bias.double())
+        for a, b, c in zip(linear_gelu(x, weight, bias), theirs, want, strict=True):
+            errors = [float((t.double() - c).abs().max()) for t in (a, b)]
+            assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 4 * float(c.abs().max()), (dtype, rows, errors)
+
+
 def need_gpu(device: torch.device) -> None:
     """Leave a check that only a GPU can run."""
     if device.type == "cpu":
@@ -273,6 +286,7 @@ CHECKS: list[Callable[[torch.device], None]] = [
     activations_of_nvrtc_are_as_exact_as_torch,
     activations_of_triton_are_as_exact_as_torch,
     norms_of_nvrtc_are_as_exact_as_torch,
+    products_of_cutlass_are_as_exact_as_torch,
     ops_are_taken_from_nvrtc_also_in_compiled_models,
     kernels_follow_streams_threads_and_graphs,
 ]

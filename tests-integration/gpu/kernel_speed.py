@@ -163,9 +163,32 @@ def bias_gelu_beside_torch(device: torch.device) -> Figures:
     return table(medians(contenders), fewest, "GB/s")
 
 
+def linear_gelu_beside_torch(device: torch.device) -> Figures:
+    """[8192, 4096] x [16384, 4096] in bfloat16 with bias and GELU, beside cuBLAS and eager torch, and torch.compile."""
+    need_gpu(device)
+    linear_gelu = kernel("cutlass", "linear_gelu", device, torch.bfloat16)
+    rows, columns, inner = 8192, 16384, 4096
+    x, weight = (torch.randn(n, inner, device=device, dtype=torch.bfloat16) for n in (rows, columns))
+    bias = torch.randn(columns, device=device, dtype=torch.bfloat16)
+
+    def plain() -> torch.Tensor:
+        return functional.gelu(functional.linear(x, weight, bias))
+
+    contenders = {
+        "ours, keeps what is inside": lambda: linear_gelu(x, weight, bias),
+        "cuBLAS and eager": plain,
+        "torch.compile": torch.compile(plain),
+        "the product alone": lambda: x @ weight.t(),
+    }
+    milliseconds = medians(contenders)
+    work = 2.0 * rows * columns * inner
+    return {name: {"ms": round(ms, 4), "TFLOP/s": round(work / ms / 1e9, 1)} for name, ms in milliseconds.items()}
+
+
 CHECKS: list[Callable[[torch.device], Figures]] = [
     first_use_cold_and_cached,
     adamw_beside_copy_and_torch,
     sums_beside_copy_and_torch,
     bias_gelu_beside_torch,
+    linear_gelu_beside_torch,
 ]

@@ -9,6 +9,8 @@ import subprocess
 from typing import NamedTuple
 
 import pytest
+import torch
+from ds_kernels.backends.cutlass.linear import linear_gelu_kernel
 from ds_kernels.backends.nvrtc.catalog import all_kernels
 from ds_kernels.backends.nvrtc.compiler import compile_cubin
 from ds_kernels.backends.nvrtc.kernel import HEADERS
@@ -84,3 +86,12 @@ def test_nvrtc_compiles_one_kernel_of_each_family(arch):
         cubin = compile_cubin(kernel, arch)
         assert cubin.startswith(b"\x7fELF")
         assert kernel.name.encode() in cubin
+
+
+@pytest.mark.parametrize("arch", ARCHES[:2])
+def test_nvrtc_compiles_the_product_from_cutlass(arch):
+    for name in ("cuda", "cuda.core", "cutlass_library"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"{name} is not installed: pip install 'ds-kernels[cutlass]'")
+    kernel = linear_gelu_kernel(torch.bfloat16)
+    assert kernel.name.encode() in compile_cubin(kernel, arch)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from .adamw import AdamMaker
 from .backends.cpu import CpuBackend
+from .backends.cutlass.backend import CutlassBackend
 from .backends.nvrtc.backend import NvrtcBackend
 from .backends.reference import ReferenceBackend
 from .backends.triton.backend import TritonBackend
@@ -59,6 +60,7 @@ class AdamPlugin:
 
 
 cpu: Plugin = BackendPlugin(CpuBackend)
+cutlass: Plugin = BackendPlugin(CutlassBackend)
 nvrtc: Plugin = BackendPlugin(NvrtcBackend)
 reference: Plugin = BackendPlugin(ReferenceBackend)
 triton: Plugin = BackendPlugin(TritonBackend)

@@ -26,6 +26,12 @@ def _nvrtc() -> KernelBackend:
     return NvrtcBackend()
 
 
+def _cutlass() -> KernelBackend:
+    from .backends.cutlass.backend import CutlassBackend
+
+    return CutlassBackend()
+
+
 def _triton() -> KernelBackend:
     from .backends.triton.backend import TritonBackend
 
@@ -33,7 +39,7 @@ def _triton() -> KernelBackend:
 
 
 _BUILT_IN: Mapping[str, Callable[[], KernelBackend]] = MappingProxyType(
-    {"cpu": CpuBackend, "nvrtc": _nvrtc, "reference": ReferenceBackend, "triton": _triton}
+    {"cpu": CpuBackend, "cutlass": _cutlass, "nvrtc": _nvrtc, "reference": ReferenceBackend, "triton": _triton}
 )
 _ORDER: Mapping[str, Sequence[str]] = MappingProxyType(
     {"cpu": ("cpu", "reference"), "cuda": ("nvrtc", "triton", "reference")}
@@ -104,8 +110,8 @@ class Registry:
         """Choose the backend ``name`` from now on; as a context manager, until the block ends.
 
         Args:
-            name: ``cpu``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution offers. The
-                built-in names always mean the built-in backends.
+            name: ``cpu``, ``cutlass``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution
+                offers. The built-in names always mean the built-in backends.
 
         Returns:
             A context manager that gives the backend, and puts back what was chosen before this call.
@@ -236,7 +242,8 @@ def use_backend(name: str) -> Use:
     """Choose the kernel backend of this process; see :meth:`Registry.use`.
 
     Args:
-        name: ``cpu``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution offers.
+        name: ``cpu``, ``cutlass``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution
+            offers.
 
     Returns:
         A context manager; leaving it puts the earlier choice back. Not entering it makes the choice last.

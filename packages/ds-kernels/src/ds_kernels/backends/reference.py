@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from .checks import SQUARE_BLOCK, check_adam, check_chunk_sumsq, check_tree_sum
-from .plain import activations, codecs, losses
+from .plain import activations, codecs, linear, losses
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
 
-_PLAIN: Mapping[str, Callable[..., Any]] = MappingProxyType({**activations.KERNELS, **codecs.KERNELS, **losses.KERNELS})
+_PLAIN: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {**activations.KERNELS, **codecs.KERNELS, **linear.KERNELS, **losses.KERNELS}
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ import functools
 from typing import Any
 
 _Handle = ctypes.c_void_p
+_MAX_DYNAMIC_SHARED = 8  # CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 
 
 def missing_driver() -> str | None:
@@ -50,8 +51,8 @@ class Driver:
         self._current = library.cuCtxGetCurrent
         self._call("cuInit", ctypes.c_uint(0))
 
-    def load(self, cubin: bytes, name: str) -> _Handle:
-        """Return the kernel ``name`` of ``cubin``, for every device of its architecture.
+    def load(self, cubin: bytes, name: str, device: int, shared: int) -> _Handle:
+        """Return the kernel ``name`` of ``cubin``, allowed ``shared`` bytes on ``device``.
 
         Raises:
             RuntimeError: If the driver refuses it.
@@ -60,6 +61,9 @@ class Driver:
         none = (None, None, ctypes.c_uint(0))
         self._call("cuLibraryLoadData", ctypes.byref(library), cubin, *none, *none)
         self._call("cuLibraryGetKernel", ctypes.byref(kernel), library, name.encode())
+        if shared:
+            value, number = ctypes.c_int(shared), self._number(device)
+            self._call("cuKernelSetAttribute", ctypes.c_int(_MAX_DYNAMIC_SHARED), value, kernel, number)
         return kernel
 
     def launch(
@@ -67,7 +71,7 @@ class Driver:
         kernel: _Handle,
         device: int,
         stream: int,
-        shape: tuple[int, int, int],
+        shape: tuple[int, int, int, int],
         args: ctypes.Structure,
     ) -> None:
         """Enqueue ``kernel`` on ``stream``; returns before it has run.
@@ -76,7 +80,7 @@ class Driver:
             kernel: What :meth:`load` returned.
             device: Index of the stream's device.
             stream: Its address.
-            shape: Blocks in x, blocks in y, threads of a block.
+            shape: Blocks in x, blocks in y, threads of a block, bytes of shared memory.
             args: The kernel's one parameter; copied by the driver.
 
         Raises:
@@ -88,9 +92,9 @@ class Driver:
         if foreign:
             self._call("cuCtxPushCurrent_v2", context)
         try:
-            blocks_x, blocks_y, threads = shape
+            blocks_x, blocks_y, threads, shared = shape
             params = (ctypes.c_void_p * 1)(ctypes.addressof(args))
-            code = self._launch(kernel, blocks_x, blocks_y, 1, threads, 1, 1, 0, stream, params, None)
+            code = self._launch(kernel, blocks_x, blocks_y, 1, threads, 1, 1, shared, stream, params, None)
             self._check(code, "cuLaunchKernel")
         finally:
             if foreign:
@@ -99,12 +103,16 @@ class Driver:
     def _context(self, device: int) -> _Handle:
         context = self._contexts.get(device)
         if context is None:
-            number, context = ctypes.c_int(), _Handle()
-            self._call("cuDeviceGet", ctypes.byref(number), ctypes.c_int(device))
+            context = _Handle()
             # Never released: torch holds the same one until the process ends.
-            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), number)
+            self._call("cuDevicePrimaryCtxRetain", ctypes.byref(context), self._number(device))
             self._contexts[device] = context
         return context
+
+    def _number(self, device: int) -> ctypes.c_int:
+        number = ctypes.c_int()
+        self._call("cuDeviceGet", ctypes.byref(number), ctypes.c_int(device))
+        return number
 
     def _call(self, function: str, *args: Any) -> None:
         self._check(getattr(self._library, function)(*args), function)

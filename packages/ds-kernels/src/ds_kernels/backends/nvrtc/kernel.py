@@ -39,6 +39,10 @@ class Kernel(NamedTuple):
     """The function with its template arguments."""
     threads: int
     """Of a block."""
+    shared: int = 0
+    """Bytes of shared memory that the launch sets aside, besides what the source declares."""
+    libraries: tuple[str, ...] = ()
+    """Of whose headers it is made, as cuda.pathfinder names them."""
 
     @property
     def name(self) -> str:

@@ -42,8 +42,7 @@ class CudaLauncher:
 
     def __init__(self, cache: KernelCache) -> None:
         self._cache = cache
-        self._handles: dict[tuple[Kernel, str], Any] = {}
-        self._arches: dict[int, str] = {}  # by index of the device
+        self._handles: dict[tuple[Kernel, int], Any] = {}  # by index of the device
 
     @property
     def device_type(self) -> str:
@@ -76,14 +75,15 @@ class CudaLauncher:
         """
         index = device.index
         stream = torch.cuda.current_stream(index).cuda_stream
-        arch = self._arches.get(index)
-        if arch is None:
-            arch = self._arches[index] = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
-        handle = self._handles.get((kernel, arch))
+        handle = self._handles.get((kernel, index))
         if handle is None:
-            cubin = self._cache.get(cache_key(kernel, arch), lambda: compile_cubin(kernel, arch))
-            handle = self._handles[kernel, arch] = driver().load(cubin, kernel.name)
-        driver().launch(handle, index, stream, (*blocks, kernel.threads), args)
+            handle = self._handles[kernel, index] = self._load(kernel, index)
+        driver().launch(handle, index, stream, (*blocks, kernel.threads, kernel.shared), args)
+
+    def _load(self, kernel: Kernel, index: int) -> Any:
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability(index))
+        cubin = self._cache.get(cache_key(kernel, arch), lambda: compile_cubin(kernel, arch))
+        return driver().load(cubin, kernel.name, index, kernel.shared)
 
 
 @functools.cache
