@@ -78,12 +78,21 @@ def _usage(text):
     return used
 
 
+def _compiled(kernel, arch):
+    try:
+        return compile_cubin(kernel, arch)
+    except RuntimeError as error:
+        if "libcuda" in str(error):  # releases of cuda.core before 1.0 ask for the driver's
+            pytest.skip(f"this cuda.core needs a driver to compile: {error}")
+        raise
+
+
 @pytest.mark.parametrize("arch", ARCHES)
 def test_nvrtc_compiles_one_kernel_of_each_family(arch):
     if importlib.util.find_spec("cuda") is None or importlib.util.find_spec("cuda.core") is None:
         pytest.skip("cuda.core is not installed: pip install 'ds-kernels[cuda]'")
     for kernel in {kernel.header: kernel for kernel in all_kernels()}.values():
-        cubin = compile_cubin(kernel, arch)
+        cubin = _compiled(kernel, arch)
         assert cubin.startswith(b"\x7fELF")
         assert kernel.name.encode() in cubin
 
@@ -94,4 +103,4 @@ def test_nvrtc_compiles_the_product_from_cutlass(arch):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install 'ds-kernels[cutlass]'")
     kernel = linear_gelu_kernel(torch.bfloat16)
-    assert kernel.name.encode() in compile_cubin(kernel, arch)
+    assert kernel.name.encode() in _compiled(kernel, arch)

@@ -30,7 +30,7 @@ INSTALL = "pip install 'ds-kernels[cuda]'"
 
 
 def compile_cubin(kernel: Kernel, arch: str) -> bytes:
-    """Compile ``kernel``; needs no GPU and no driver. Half a second of processor time.
+    """Compile ``kernel``; needs no GPU, and from cuda.core 1.0 on no driver. Half a second of processor time.
 
     Uses ``Program``, ``ProgramOptions`` and ``ObjectCode.code`` of cuda.core; releases before 1.0 have them under
     ``cuda.core.experimental``.
