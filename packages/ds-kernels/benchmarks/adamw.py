@@ -34,7 +34,7 @@ class Contender(NamedTuple):
     """One way to do a task."""
 
     name: str
-    bytes_per_element: int  # read and written, each array counted once per pass
+    bytes_per_element: float  # read and written, each array counted once per pass
     step: Callable[[], object]
 
 

@@ -1,6 +1,6 @@
 // Sums of squares of consecutive chunks in float64, each along a fixed binary tree.
 //
-// The tree is that of [Note: Square tree] in backends/reference.py. Squares of float32 numbers are exact in float64
+// The tree is that of [Note: Square tree] in backends/plain/sums.py. Squares of float32 numbers are exact in float64
 // (48 bits), so fused multiply-adds would change nothing.
 #pragma once
 

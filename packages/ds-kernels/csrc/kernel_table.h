@@ -5,6 +5,7 @@
 #include "loss_table.h"
 #include "optimizer_table.h"
 #include "reduction_table.h"
+#include "state_table.h"
 
 namespace ds_kernels {
 
@@ -14,6 +15,7 @@ struct KernelTable {
     LossTable losses;
     OptimizerTable optimizers;
     ReductionTable reductions;
+    StateTable states;
 };
 
 extern const KernelTable kScalarKernels;

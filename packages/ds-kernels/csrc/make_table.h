@@ -2,6 +2,7 @@
 #pragma once
 
 #include "codec_instances.h"
+#include "state_instances.h"
 #include "kernel_table.h"
 #include "loss_instances.h"
 #include "optimizer_instances.h"
@@ -9,4 +10,5 @@
 
 // A macro and not a function: the table must be a constant in the file, because code that runs while the
 // module is loaded must not use instructions the processor may lack.
-#define DS_KERNELS_TABLE(name) {name, DS_KERNELS_CODECS, DS_KERNELS_LOSSES, DS_KERNELS_OPTIMIZERS, DS_KERNELS_REDUCTIONS}
+#define DS_KERNELS_TABLE(name) \
+    {name, DS_KERNELS_CODECS, DS_KERNELS_LOSSES, DS_KERNELS_OPTIMIZERS, DS_KERNELS_REDUCTIONS, DS_KERNELS_STATES}

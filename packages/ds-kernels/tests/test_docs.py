@@ -15,7 +15,9 @@ from pathlib import Path
 
 import ds_kernels
 import pytest
-from ds_kernels import AdamConfig, AdamHyper, CpuBackend, use_backend
+from ds_kernels import AdamConfig, CpuBackend, use_backend
+from ds_kernels.config import LionConfig
+from ds_kernels.hyper import AdagradHyper, AdamHyper, LambHyper, LionHyper, SgdHyper
 
 MODULES = [
     info.name for info in pkgutil.walk_packages(ds_kernels.__path__, "ds_kernels.") if "_native" not in info.name
@@ -50,7 +52,9 @@ def test_the_readmes_programs_run():
             exec(compile(program, str(readme), "exec"), {})
 
 
-@pytest.mark.parametrize("kind", [AdamConfig, AdamHyper, CpuBackend])
+@pytest.mark.parametrize(
+    "kind", [AdamConfig, LionConfig, AdamHyper, LionHyper, AdagradHyper, SgdHyper, LambHyper, CpuBackend]
+)
 def test_every_field_has_a_docstring(kind):
     body = ast.parse(inspect.getsource(kind)).body[0].body
     explained = [

@@ -10,6 +10,7 @@ import pytest
 import torch
 from ds_kernels import Adam, AdamConfig, AdamMaker, AdamW, ReferenceBackend
 from ds_kernels import plugin as plugins
+from ds_kernels.config import LionConfig
 from torch import Tensor, nn
 
 
@@ -131,9 +132,22 @@ def test_the_contexts_kernels_are_used(monkeypatch):
     assert Recorder.calls == 1
 
 
-@pytest.mark.parametrize("plugin", [plugins.adam, plugins.adamw, plugins.cpu, plugins.reference])
+@pytest.mark.parametrize("plugin", [plugins.adam, plugins.adamw, plugins.lion, plugins.cpu, plugins.reference])
 def test_plugins_speak_version_1_of_their_role(plugin):
     assert plugin.role_version == 1
+
+
+def test_lion_steps_shards(caplog):
+    maker = plugins.lion.build(LionConfig(lr=0.25, set_grad_none=False), Context())
+    assert "set_grad_none=False has no effect" in caplog.text
+    [shard] = shards([5])
+    before = shard.master.detach().clone()
+    optimizer = maker.make([{"params": [shard.master]}])
+    assert optimizer.param_groups[0]["update_kind"] == "elementwise"
+    list(maker.update(optimizer, [[shard]], 1.0))
+    assert torch.equal(shard.master, before - 0.25 * shard.grad.sign())
+    with pytest.raises(ValueError, match="fp32_optimizer_states must be true"):
+        LionConfig(fp32_optimizer_states=False)
 
 
 def test_kernel_plugins_build_their_backends():

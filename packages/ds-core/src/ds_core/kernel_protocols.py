@@ -77,3 +77,7 @@ class AdamHyper(Protocol):
     @property
     def scale(self) -> float:
         """Factor on the gradient: mean, loss scale and clipping in one number."""
+
+    @property
+    def zero_grad(self) -> bool:
+        """Set the gradient to 0 in the same pass."""

@@ -1,23 +1,22 @@
 """Types of the optional native module; its source is in ``csrc/module.cpp``."""
 
+from typing import TypeAlias
+
+_Operand: TypeAlias = tuple[int, int, int]  # data, extra, codec
+# param, grad, states, copy, zero_grad, numel, threads
+_Arrays: TypeAlias = tuple[_Operand, _Operand, list[_Operand], _Operand, bool, int, int]
+_LambNumbers: TypeAlias = tuple[int, float, float, float, float, float, float]
+
 def isas() -> list[str]: ...
 
 class Kernels:
     def __init__(self, isa: str, /) -> None: ...
-    def adam(
-        self,
-        param: int,
-        grad: int,
-        exp_avg: int,
-        exp_avg_sq: int,
-        copy: int,
-        numel: int,
-        grad_format: int,
-        copy_format: int,
-        threads: int,
-        numbers: tuple[int, float, float, float, float, float, float, bool],
-        /,
-    ) -> None: ...
+    def adam(self, arrays: _Arrays, numbers: tuple[int, float, float, float, float, float, float, bool], /) -> None: ...
+    def lion(self, arrays: _Arrays, numbers: tuple[float, float, float, float, float], /) -> None: ...
+    def adagrad(self, arrays: _Arrays, numbers: tuple[int, float, float, float, float, float], /) -> None: ...
+    def sgd(self, arrays: _Arrays, numbers: tuple[float, float, float, float, bool, bool, float], /) -> None: ...
+    def lamb_moments(self, arrays: _Arrays, squares: int, numbers: _LambNumbers, /) -> None: ...
+    def lamb_step(self, arrays: _Arrays, numbers: _LambNumbers, /) -> None: ...
     def cross_entropy(
         self,
         logits: int,

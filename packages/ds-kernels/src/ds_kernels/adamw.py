@@ -2,131 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from .config import AdamConfig, check_hyperparameters
-from .registry import Lookup
+from .fused import FusedOptimizer
+from .hyper import AdamHyper
+from .maker import FusedMaker
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
-    from ds_core.protocols import ParamGroups, ShardUpdate
 
 # With it, 1 - beta**step is exactly 1 for every beta below 1 that float64 holds: no bias correction.
 _UNCORRECTED_STEP = 2**62
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamHyper:
-    """Numbers of one Adam or AdamW step, the same for every element it touches.
-
-    Example:
-        >>> AdamHyper(step=1, lr=1e-3).beta2
-        0.999
-
-    Reference:
-        Diederik P. Kingma and Jimmy Ba, Adam: A Method for Stochastic Optimization, 2015.
-    """
-
-    step: int
-    """Index of this step, from 1; it sets the bias corrections ``1 - beta**step``."""
-    lr: float
-    """Learning rate."""
-    beta1: float = 0.9
-    """Decay of the first moment. The default is the paper's."""
-    beta2: float = 0.999
-    """Decay of the second moment. The default is the paper's."""
-    eps: float = 1e-8
-    """Added to the root of the second moment. The default is the paper's."""
-    weight_decay: float = 0.0
-    """Weight decay; 0 for none."""
-    decoupled: bool = True
-    """True: AdamW's decay of the parameter; False: Adam's, added to the gradient."""
-    scale: float = 1.0
-    """Factor on the gradient: mean, loss scale and clipping in one number."""
-
-    def __post_init__(self) -> None:
-        if self.step < 1:
-            raise ValueError(f"step counts from 1, so that 1 - beta**step is not 0; got {self.step}")
-
-
-def init_state(param: Tensor) -> dict[str, Tensor]:
-    """Return the state of ``param`` before its first step, as ``torch.optim.AdamW`` has it.
-
-    Example:
-        >>> sorted(init_state(torch.zeros(2)))
-        ['exp_avg', 'exp_avg_sq', 'step']
-    """
-    return {
-        "step": torch.tensor(0.0, dtype=torch.float32),
-        "exp_avg": torch.zeros_like(param, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(param, memory_format=torch.preserve_format),
-    }
-
-
-class GroupStep:
-    """One step over the parameters of one group.
-
-    Args:
-        optimizer: Holds the state of each parameter, under the parameter.
-        group: One of ``optimizer.param_groups``.
-        scale: Factor on the gradients.
-        adamw: The kernels to step with.
-    """
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        group: dict[str, Any],
-        *,
-        scale: float,
-        adamw: Lookup,
-    ) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._scale = scale
-        self._adamw = adamw
-        self._hypers: dict[int, AdamHyper] = {}  # by step: nearly always one
-
-    def run(self, param: Tensor, grad: Tensor, copy: Tensor | None = None) -> None:
-        """Step ``param``, making its state if this is its first, and refresh ``copy``."""
-        state = self._optimizer.state[param]
-        if not state:
-            state.update(init_state(param))
-        step = int(state["step"].item()) + 1
-        hyper = self._hypers.get(step)
-        if hyper is None:
-            hyper = self._hypers[step] = self._hyper(step)
-        adamw = self._adamw[param.device, param.dtype]
-        adamw(param, grad, state["exp_avg"], state["exp_avg_sq"], copy=copy, hyper=hyper)
-        state["step"].fill_(step)
-
-    def _hyper(self, step: int) -> AdamHyper:
-        group = self._group
-        beta1, beta2 = group["betas"]
-        return AdamHyper(
-            step=step if group["bias_correction"] else _UNCORRECTED_STEP,
-            lr=float(group["lr"]),
-            beta1=float(beta1),
-            beta2=float(beta2),
-            eps=group["eps"],
-            weight_decay=group["weight_decay"],
-            decoupled=group["decoupled_weight_decay"],
-            scale=self._scale,
-        )
-
-
-class Adam(torch.optim.Optimizer):
+class Adam(FusedOptimizer):
     """Adam with weight decay added to the gradient (L2), one fused kernel per parameter.
 
-    Takes the place of ``torch.optim.Adam`` for float32 parameters: same formula, same state under the same
+    Takes the place of ``torch.optim.Adam`` for float32 and bfloat16 parameters: same formula, same state under the same
     names, so that a ``state_dict`` goes from either to the other. Not offered: ``amsgrad``, ``maximize``,
     ``capturable``, ``differentiable``, sparse gradients. A step moves 28 bytes per element.
+
+    State in fewer bytes: bfloat16 parameters have an exact float32 master at 2 bytes per element (14 with weight,
+    gradient and float32 moments; a step moves 26), and ``moments`` may be ``bf16`` (10 bytes; 18) or ``int8`` (8.1
+    bytes; 14.3).
 
     Args:
         params: Parameters, or parameter groups.
@@ -135,12 +38,15 @@ class Adam(torch.optim.Optimizer):
         eps: Added to the root of the second moment.
         weight_decay: Added to the gradient, times the parameter.
         bias_correction: Divide the moments by ``1 - beta**step``.
+        moments: How moments are stored: ``fp32``, ``bf16`` or ``int8``.
+        zero_grad: Set gradients to 0 in the pass that reads them.
         kernels: The backend to run on; None takes the process's choice at each step, see :func:`use_backend`.
 
     Raises:
         ValueError: If a hyperparameter is out of its bounds.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(2))
         >>> optimizer = Adam([weight], lr=0.5)
         >>> weight.grad = torch.tensor([1.0, -1.0])
@@ -152,6 +58,8 @@ class Adam(torch.optim.Optimizer):
         Diederik P. Kingma and Jimmy Ba, Adam: A Method for Stochastic Optimization, 2015.
     """
 
+    op = "adamw"
+    moments = MappingProxyType({"exp_avg": 0, "exp_avg_sq": 1})
     _decoupled = False
 
     def __init__(
@@ -163,9 +71,8 @@ class Adam(torch.optim.Optimizer):
         weight_decay: float = 0.0,
         *,
         bias_correction: bool = True,
-        kernels: KernelBackend | None = None,
+        **storage: Any,
     ) -> None:
-        self._kernels = kernels
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -173,71 +80,38 @@ class Adam(torch.optim.Optimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
             "decoupled_weight_decay": self._decoupled,
-            "update_kind": "elementwise",  # a partitioner may cut parameters anywhere
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, **storage)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as in ``torch.optim``.
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Check learning rate, betas, eps and weight decay."""
+        check_hyperparameters(group["lr"], group["betas"], group["eps"], group["weight_decay"])
 
-        Raises:
-            ValueError: If a hyperparameter is out of its bounds.
-        """
-        whole = {**self.defaults, **param_group}
-        check_hyperparameters(whole["lr"], whole["betas"], whole["eps"], whole["weight_decay"])
-        super().add_param_group(param_group)
-
-    @overload
-    def step(self, closure: None = None) -> None: ...
-
-    @overload
-    def step(self, closure: Callable[[], float]) -> float: ...
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step once over all parameters that have a gradient.
-
-        Args:
-            closure: Evaluates the model again and returns the loss.
-
-        Returns:
-            The closure's loss.
-
-        Raises:
-            ValueError: If a parameter is not contiguous float32, or not on a device the backend serves.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        adamw = Lookup("adamw", self._kernels)
-        for group in self.param_groups:
-            group_step = GroupStep(self, group, scale=1.0, adamw=adamw)
-            for param in group["params"]:
-                if param.grad is not None:
-                    group_step.run(param, param.grad)
-        return loss
-
-    def __getstate__(self) -> dict[str, Any]:
-        # The base class keeps only what a state_dict holds; a copied optimizer needs its backend too.
-        return {**super().__getstate__(), "_kernels": self._kernels}
+    def hyper(self, group: Mapping[str, Any], step: int, scale: float, *, zero_grad: bool) -> AdamHyper:
+        """Return the numbers of a step."""
+        beta1, beta2 = group["betas"]
+        return AdamHyper(
+            step=step if group["bias_correction"] else _UNCORRECTED_STEP,
+            lr=float(group["lr"]),
+            beta1=float(beta1),
+            beta2=float(beta2),
+            eps=group["eps"],
+            weight_decay=group["weight_decay"],
+            decoupled=group["decoupled_weight_decay"],
+            scale=scale,
+            zero_grad=zero_grad,
+        )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            for name in ("amsgrad", "maximize"):
-                if group.get(name):
-                    raise ValueError(f"{name} must be false, it is not offered; got True; use torch.optim")
-            # A state_dict of torch's lacks the first and the last, and may be the other class's.
-            group.setdefault("bias_correction", True)
-            group["decoupled_weight_decay"] = self._decoupled
-            group["update_kind"] = "elementwise"
+            group["decoupled_weight_decay"] = self._decoupled  # a state_dict may be the other class's
 
 
 class AdamW(Adam):
     """Adam with decoupled weight decay, one fused kernel per parameter.
 
-    Takes the place of ``torch.optim.AdamW`` for float32 parameters; see :class:`Adam`.
+    Takes the place of ``torch.optim.AdamW`` for float32 and bfloat16 parameters; see :class:`Adam`.
 
     Args:
         params: Parameters, or parameter groups.
@@ -246,12 +120,13 @@ class AdamW(Adam):
         eps: Added to the root of the second moment.
         weight_decay: Each step multiplies the parameter by ``1 - lr * weight_decay``.
         bias_correction: Divide the moments by ``1 - beta**step``.
-        kernels: The backend to run on; None takes the process's choice at each step, see :func:`use_backend`.
+        storage: ``moments``, ``zero_grad`` and ``kernels``, as in :class:`Adam`.
 
     Raises:
         ValueError: If a hyperparameter is out of its bounds.
 
     Example:
+        >>> import torch
         >>> weight = torch.nn.Parameter(torch.ones(1))
         >>> optimizer = AdamW([weight], lr=0.5, weight_decay=0.5)
         >>> weight.grad = torch.ones(1)
@@ -274,12 +149,12 @@ class AdamW(Adam):
         weight_decay: float = 1e-2,
         *,
         bias_correction: bool = True,
-        kernels: KernelBackend | None = None,
+        **storage: Any,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, bias_correction=bias_correction, kernels=kernels)
+        super().__init__(params, lr, betas, eps, weight_decay, bias_correction=bias_correction, **storage)
 
 
-class AdamMaker:
+class AdamMaker(FusedMaker):
     """Makes an :class:`AdamW` or :class:`Adam` over 1D shards, and runs its step.
 
     Args:
@@ -287,66 +162,12 @@ class AdamMaker:
         kernels: The backend to run on; None takes the process's choice at each step.
 
     Example:
+        >>> import torch
         >>> optimizer = AdamMaker(AdamConfig(lr=0.1)).make([{"params": [torch.zeros(4)]}])
         >>> type(optimizer).__name__, optimizer.param_groups[0]["lr"]
         ('AdamW', 0.1)
     """
 
     def __init__(self, config: AdamConfig, *, kernels: KernelBackend | None = None) -> None:
-        self._config = config
-        self._kernels = kernels
-        self._given = None if kernels is None else Lookup("adamw", kernels)
-
-    def make(self, groups: ParamGroups) -> torch.optim.Optimizer:
-        """Return an optimizer over ``groups``, whose parameters are 1D shards in float32.
-
-        Raises:
-            ValueError: If a group's own hyperparameter is out of its bounds.
-        """
-        kind = AdamW if self._config.adam_w_mode else Adam
-        return kind(
-            groups,
-            self._config.lr,
-            self._config.betas,
-            self._config.eps,
-            self._config.weight_decay,
-            bias_correction=self._config.bias_correction,
-            kernels=self._kernels,
-        )
-
-    @torch.no_grad()
-    def update(
-        self, optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float
-    ) -> Iterator[int]:
-        """Step once over all ``units``; a generator, so the step goes on as far as its indices are taken.
-
-        One pass over memory: 28 bytes per element in float32; with bfloat16 gradients and copies also 28,
-        where casting, stepping and copying back would move 40.
-
-        Args:
-            optimizer: What :meth:`make` returned.
-            units: Shards to step, in units that are wanted together.
-            scale: Factor on the gradients.
-
-        Yields:
-            The index of each unit when its parameters and copies stand.
-
-        Raises:
-            ValueError: If a shard's master is not a parameter of ``optimizer``, or its tensors do not fit.
-        """
-        step_of = {}
-        adamw = Lookup("adamw", None) if self._given is None else self._given
-        for group in optimizer.param_groups:
-            group_step = GroupStep(optimizer, group, scale=scale, adamw=adamw)
-            step_of.update(dict.fromkeys(group["params"], group_step))
-        for index, unit in enumerate(units):
-            with torch.profiler.record_function("AdamMaker.update"):
-                for shard in unit:
-                    if shard.master not in step_of:
-                        raise ValueError(
-                            "the master of each shard must be a parameter of the optimizer; got one of "
-                            f"{shard.master.numel()} elements in unit {index} that is not; make the "
-                            "optimizer over the same shards"
-                        )
-                    step_of[shard.master].run(shard.master, shard.grad, shard.copy)
-            yield index
+        settings = {name: getattr(config, name) for name in ("lr", "betas", "eps", "weight_decay", "bias_correction")}
+        super().__init__(AdamW if config.adam_w_mode else Adam, settings, kernels=kernels)

@@ -1,4 +1,4 @@
-"""Settings of the Adam and AdamW plugins, under the names a DeepSpeed config file uses."""
+"""Settings of the optimizer plugins, under the names a DeepSpeed config file uses."""
 
 from __future__ import annotations
 
@@ -43,12 +43,38 @@ class AdamConfig:
             raise ValueError("fp32_optimizer_states must be true, moments are kept in float32; got False")
 
 
-def check_hyperparameters(lr: float, betas: tuple[float, float], eps: float, weight_decay: float) -> None:
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LionConfig:
+    """``optimizer.params`` of the type ``Lion``; names, meanings and defaults are DeepSpeed's.
+
+    Example:
+        >>> LionConfig(lr=1e-4, betas=(0.9, 0.99)).weight_decay
+        0.0
+    """
+
+    lr: float = 1e-3
+    """Learning rate; the paper takes a third to a tenth of AdamW's."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Weight of the old moment in the direction, and decay of the moment; the paper has 0.99 for the second."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    fp32_optimizer_states: bool = True
+    """Only True: moments are float32."""
+    set_grad_none: bool = True
+    """Without effect: gradients belong to the partitioner. Accepted because DeepSpeed's files may hold it."""
+
+    def __post_init__(self) -> None:
+        check_hyperparameters(self.lr, self.betas, 0.0, self.weight_decay)
+        if not self.fp32_optimizer_states:
+            raise ValueError("fp32_optimizer_states must be true, moments are kept in float32; got False")
+
+
+def check_hyperparameters(lr: float, betas: tuple[float, ...], eps: float, weight_decay: float) -> None:
     """Check the bounds that make an Adam step well defined.
 
     Args:
         lr: Learning rate, at least 0.
-        betas: Decay of the two moments, in [0, 1).
+        betas: Decay of the moments, in [0, 1).
         eps: At least 0.
         weight_decay: At least 0.
 

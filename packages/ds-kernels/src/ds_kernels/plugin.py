@@ -1,4 +1,4 @@
-"""Entry points: the kernel backends and the Adam optimizers, as plugin objects."""
+"""Entry points: the kernel backends and the optimizers, as plugin objects."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from .backends.cutlass.backend import CutlassBackend
 from .backends.nvrtc.backend import NvrtcBackend
 from .backends.reference import ReferenceBackend
 from .backends.triton.backend import TritonBackend
-from .config import AdamConfig
+from .config import AdamConfig, LionConfig
+from .maker import FusedMaker
+from .optim.lion import FusedLion
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -59,6 +61,23 @@ class AdamPlugin:
         return AdamMaker(config, kernels=context.kernels)
 
 
+@dataclass(frozen=True, slots=True)
+class LionPlugin:
+    """Offers Lion over shards."""
+
+    role_version: int = 1
+    """Version of the optimizer role."""
+    config_type: type[LionConfig] = LionConfig
+    """Settings: ``optimizer.params``."""
+
+    def build(self, config: LionConfig, context: BuildContext) -> OptimizerMaker:
+        """Return the maker, running on ``context.kernels`` if there are any."""
+        if not config.set_grad_none:
+            _logger.warning("optimizer.params.set_grad_none=False has no effect: gradients belong to the partitioner")
+        settings = {"lr": config.lr, "betas": config.betas, "weight_decay": config.weight_decay}
+        return FusedMaker(FusedLion, settings, kernels=context.kernels)
+
+
 cpu: Plugin = BackendPlugin(CpuBackend)
 cutlass: Plugin = BackendPlugin(CutlassBackend)
 nvrtc: Plugin = BackendPlugin(NvrtcBackend)
@@ -66,3 +85,4 @@ reference: Plugin = BackendPlugin(ReferenceBackend)
 triton: Plugin = BackendPlugin(TritonBackend)
 adam: Plugin = AdamPlugin("Adam")
 adamw: Plugin = AdamPlugin("AdamW")
+lion: Plugin = LionPlugin()

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -10,24 +12,73 @@ from torch import Tensor
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Data types that kernels read."""
 
+GROUP = 32
+"""Elements of an 8-bit state that share a scale."""
+
 SQUARE_BLOCK = 64
-"""Elements of a leaf of the tree of squares; see [Note: Square tree] in ``reference.py``."""
+"""Elements of a leaf of the tree of squares; see [Note: Square tree] in ``plain/sums.py``."""
+
+_PLAIN_STATES = (torch.float32, torch.bfloat16)
+_CODES = (torch.int8, torch.uint8)
+
+
+class Beside(NamedTuple):
+    """What lies beside the coded tensors of a step; see ``plain/state_codecs.py``."""
+
+    low: Tensor | None = None  # int16, with which a bfloat16 parameter is float32
+    scales: Mapping[str, Tensor] = MappingProxyType({})  # of int8 and uint8 states, under their names
+
+
+NOTHING = Beside()
+"""Beside tensors that say all by themselves."""
 
 
 def check_adam(param: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None) -> None:
-    """Check the tensors of one Adam step.
+    """Check the tensors of one Adam step in float32.
 
     Raises:
         ValueError: If a data type, length, device or memory layout is not what the step needs.
     """
-    tensors = {"param": param, "grad": grad, "exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
-    for name in ("param", "exp_avg", "exp_avg_sq"):
-        _check_dtype(name, tensors[name], (torch.float32,))
-    _check_dtype("grad", grad, FLOATS)
+    moments = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
+    for name, moment in moments.items():
+        _check_dtype(name, moment, (torch.float32,))
+    check_step(param, grad, moments, copy, NOTHING)
+
+
+def check_step(
+    param: Tensor, grad: Tensor | None, states: Mapping[str, Tensor], copy: Tensor | None, beside: Beside
+) -> None:
+    """Check the tensors of one step.
+
+    Raises:
+        ValueError: If a data type, length, device or memory layout is not what the step needs.
+    """
+    tensors = {"param": param, **states}
+    _check_dtype("param", param, (torch.float32 if beside.low is None else torch.bfloat16,))
+    for name, state in states.items():
+        _check_dtype(name, state, _PLAIN_STATES if name not in beside.scales else _CODES)
+    if grad is not None:
+        tensors["grad"] = grad
+        _check_dtype("grad", grad, FLOATS)
     if copy is not None:
         tensors["copy"] = copy
         _check_dtype("copy", copy, (torch.bfloat16, torch.float16))
+    if beside.low is not None:
+        tensors["low"] = beside.low
+        _check_dtype("low", beside.low, (torch.int16,))
     _check_alike(tensors)
+    for name, scale in beside.scales.items():
+        _check_scale(name, scale, param)
+
+
+def _check_scale(name: str, scale: Tensor, param: Tensor) -> None:
+    _check_dtype(f"scales[{name!r}]", scale, (torch.bfloat16,))
+    needed = (param.numel() + GROUP - 1) // GROUP
+    if scale.numel() != needed or scale.device != param.device or not scale.is_contiguous():
+        raise ValueError(
+            f"scales[{name!r}] must be {needed} contiguous values on {param.device}, one for each {GROUP} elements; "
+            f"got shape {tuple(scale.shape)} on {scale.device}"
+        )
 
 
 def check_tree_sum(out: Tensor, pieces: Sequence[Tensor]) -> None:

@@ -5,21 +5,17 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from .checks import check_adam, check_chunk_sumsq, check_cpu, check_tree_sum, mark_written
-from .native import codecs, losses
 from .native.module import FORMATS, native, unusable
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
-
-_NO_COPY = 0
-_NATIVE: Mapping[str, Callable[..., Any]] = MappingProxyType({**codecs.KERNELS, **losses.KERNELS})
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -61,9 +57,10 @@ class CpuBackend:
             "tree_sum": self.tree_sum,
             "chunk_sumsq": self.chunk_sumsq,
         }
-        if (kernel := _NATIVE.get(op)) is not None:
-            return functools.partial(kernel, native(self.isa))
-        return own.get(op)
+        if op in own:
+            return own[op]
+        kernel = _families().get(op)
+        return None if kernel is None else functools.partial(kernel, native(self.isa))
 
     def adamw(
         self,
@@ -82,7 +79,7 @@ class CpuBackend:
 
         Args:
             param: Master parameter, float32.
-            grad: Gradient, float32, bfloat16 or float16; left as it is.
+            grad: Gradient, float32, bfloat16 or float16; left as it is unless ``hyper.zero_grad``.
             exp_avg: First moment, float32.
             exp_avg_sq: Second moment, float32.
             copy: Copy to refresh from the new parameter, bfloat16 or float16, or None.
@@ -93,23 +90,7 @@ class CpuBackend:
             RuntimeError: If the native module is missing.
         """
         check_adam(param, grad, exp_avg, exp_avg_sq, copy)
-        check_cpu("param", param)
-        # Without decay both forms are the same, and the decoupled one leaves every bit of the gradient.
-        decoupled = hyper.decoupled or hyper.weight_decay == 0
-        betas = hyper.beta1, hyper.beta2
-        native(self.isa).adam(
-            param.data_ptr(),
-            grad.data_ptr(),
-            exp_avg.data_ptr(),
-            exp_avg_sq.data_ptr(),
-            0 if copy is None else copy.data_ptr(),
-            param.numel(),
-            FORMATS[grad.dtype],
-            _NO_COPY if copy is None else FORMATS[copy.dtype],
-            torch.get_num_threads(),
-            (hyper.step, hyper.lr, *betas, hyper.eps, hyper.weight_decay, hyper.scale, decoupled),
-        )
-        mark_written(param, exp_avg, exp_avg_sq, copy)
+        _optimizers().adamw(native(self.isa), param, grad, exp_avg, exp_avg_sq, copy=copy, hyper=hyper)
 
     def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
         """Sum ``pieces`` in float32 along a binary tree over their order, rounding once into ``out``.
@@ -155,3 +136,19 @@ class CpuBackend:
             x.data_ptr(), sums.data_ptr(), chunk, sums.numel(), FORMATS[x.dtype], torch.get_num_threads()
         )
         return sums
+
+
+# Imported at the first use, so that importing the package stays cheap.
+
+
+def _optimizers() -> ModuleType:
+    from .native import optimizers
+
+    return optimizers
+
+
+@functools.cache
+def _families() -> Mapping[str, Callable[..., Any]]:
+    from .native import codecs, losses
+
+    return MappingProxyType({**codecs.KERNELS, **losses.KERNELS, **_optimizers().KERNELS})

@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import MappingProxyType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from .checks import SQUARE_BLOCK, check_adam, check_chunk_sumsq, check_tree_sum
-from .plain import activations, codecs, linear, losses
+from .checks import check_adam, check_tree_sum
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
-
-_PLAIN: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {**activations.KERNELS, **codecs.KERNELS, **linear.KERNELS, **losses.KERNELS}
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +47,8 @@ class ReferenceBackend:
             "tree_sum": self.tree_sum,
             "chunk_sumsq": self.chunk_sumsq,
         }
-        return own.get(op) or _PLAIN.get(op)
+        return own.get(op) or _families().get(op)
 
-    @torch.no_grad()
     def adamw(
         self,
         param: Tensor,
@@ -75,7 +70,7 @@ class ReferenceBackend:
 
         Args:
             param: Master parameter, float32.
-            grad: Gradient, float32, bfloat16 or float16; left as it is.
+            grad: Gradient, float32, bfloat16 or float16; left as it is unless ``hyper.zero_grad``.
             exp_avg: First moment, float32.
             exp_avg_sq: Second moment, float32.
             copy: Copy to refresh from the new parameter, bfloat16 or float16, or None.
@@ -88,18 +83,7 @@ class ReferenceBackend:
             Ilya Loshchilov and Frank Hutter, Decoupled Weight Decay Regularization, 2019.
         """
         check_adam(param, grad, exp_avg, exp_avg_sq, copy)
-        p, m, v = param.view(-1), exp_avg.view(-1), exp_avg_sq.view(-1)
-        g = grad.view(-1).to(torch.float32) * hyper.scale
-        if hyper.decoupled:
-            p.mul_(1 - hyper.lr * hyper.weight_decay)
-        elif hyper.weight_decay != 0:
-            g = g.add(p, alpha=hyper.weight_decay)
-        m.lerp_(g, 1 - hyper.beta1)
-        v.mul_(hyper.beta2).addcmul_(g, g, value=1 - hyper.beta2)
-        denom = v.sqrt().div_((1 - hyper.beta2**hyper.step) ** 0.5).add_(hyper.eps)
-        p.add_((m * -(hyper.lr / (1 - hyper.beta1**hyper.step))).div_(denom))
-        if copy is not None:
-            copy.view(-1).copy_(p)
+        _optimizers().adamw(param, grad, exp_avg, exp_avg_sq, copy=copy, hyper=hyper)
 
     @torch.no_grad()
     def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
@@ -122,16 +106,12 @@ class ReferenceBackend:
             level = paired + level[2 * len(paired) :]
         out.view(-1).copy_(level[0])
 
-    @torch.no_grad()
     def chunk_sumsq(self, x: Tensor, chunk: int) -> Tensor:
         """Return the float64 sums of squares of the consecutive chunks of ``x``.
 
         The chunk of 2c elements is exactly the sum of its two chunks of c, for every permitted c.
 
-        [Note: Square tree]
-        Leaves are blocks of 64 elements. T(blocks) = T(first half) + T(second half) for an even number of
-        blocks, and T(all but the last) + last for an odd one. Inside a block, element i meets element i + 32,
-        then the sums meet sums 16, 8, 4, 2 and 1 apart: an order that vector units like.
+        The tree is that of [Note: Square tree] in ``plain/sums.py``.
 
         Args:
             x: Float32, bfloat16 or float16.
@@ -143,20 +123,28 @@ class ReferenceBackend:
         Raises:
             ValueError: If ``chunk`` or ``x`` do not fit.
         """
-        check_chunk_sumsq(x, chunk)
-        sums = x.view(x.numel() // SQUARE_BLOCK, SQUARE_BLOCK).double().square_()
-        while sums.shape[1] > 1:
-            half = sums.shape[1] // 2
-            sums = sums[:, :half] + sums[:, half:]
-        return tree_of_rows(sums.view(x.numel() // chunk, chunk // SQUARE_BLOCK))
+        result: Tensor = _sums().chunk_sumsq(x, chunk)
+        return result
 
 
-def tree_of_rows(rows: Tensor) -> Tensor:
-    """Add up each row; see [Note: Square tree]."""
-    num_rows, blocks = rows.shape
-    if blocks == 1:
-        return rows[:, 0]
-    if blocks % 2:
-        return tree_of_rows(rows[:, :-1]) + rows[:, -1]
-    halves = tree_of_rows(rows.reshape(2 * num_rows, blocks // 2)).view(num_rows, 2)
-    return halves[:, 0] + halves[:, 1]
+# Imported at the first use, so that importing the package stays cheap.
+
+
+def _optimizers() -> ModuleType:
+    from .plain import optimizers
+
+    return optimizers
+
+
+def _sums() -> ModuleType:
+    from .plain import sums
+
+    return sums
+
+
+@functools.cache
+def _families() -> Mapping[str, Callable[..., Any]]:
+    from .plain import activations, codecs, linear, losses
+
+    families = (activations, codecs, linear, losses, _optimizers())
+    return MappingProxyType({op: kernel for family in families for op, kernel in family.KERNELS.items()})

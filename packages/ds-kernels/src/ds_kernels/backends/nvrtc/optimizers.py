@@ -63,6 +63,8 @@ def adamw(
     args = _AdamArgs(*pointers, None if copy is None else copy.data_ptr(), numel, *_scalars(hyper, decoupled=decoupled))
     launch(kernel, param.device, (-(-numel // (PACKET * _THREADS)), 1), args)
     mark_written(param, exp_avg, exp_avg_sq, copy)
+    if hyper.zero_grad:
+        grad.zero_()
 
 
 def _scalars(hyper: AdamHyper, *, decoupled: bool) -> tuple[float | int, ...]:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import SQUARE_BLOCK, check_chunk_sumsq, check_device, check_tree_sum, mark_written
-from ..reference import tree_of_rows
+from ..plain.sums import tree_of_rows
 from .kernel import FORMATS, PACKET, Kernel
 from .launcher import Launcher
 
