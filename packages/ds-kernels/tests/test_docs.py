@@ -15,9 +15,9 @@ from pathlib import Path
 
 import ds_kernels
 import pytest
-from ds_kernels import AdamConfig, CpuBackend, use_backend
+from ds_kernels import AdamConfig, AdamHyper, CpuBackend, use_backend
 from ds_kernels.config import LionConfig
-from ds_kernels.hyper import AdagradHyper, AdamHyper, LambHyper, LionHyper, SgdHyper
+from ds_kernels.hyper import AdagradHyper, LambHyper, LionHyper, SgdHyper
 
 MODULES = [
     info.name for info in pkgutil.walk_packages(ds_kernels.__path__, "ds_kernels.") if "_native" not in info.name

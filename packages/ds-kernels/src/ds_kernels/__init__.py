@@ -1,10 +1,9 @@
 """Fused kernels for torch tensors, with swappable backends."""
 
-from .adamw import Adam, AdamMaker, AdamW
+from .adamw import Adam, AdamHyper, AdamMaker, AdamW
 from .backends.cpu import CpuBackend
 from .backends.reference import ReferenceBackend
 from .config import AdamConfig
-from .hyper import AdamHyper
 from .registry import BackendInfo, Registry, backends, registry, use_backend
 
 __all__ = [

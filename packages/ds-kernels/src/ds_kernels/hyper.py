@@ -1,43 +1,8 @@
-"""Numbers of one step of each optimizer, the same for every element it touches."""
+"""Numbers of one step of each optimizer but Adam, the same for every element it touches."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class AdamHyper:
-    """Numbers of one Adam or AdamW step, the same for every element it touches.
-
-    Example:
-        >>> AdamHyper(step=1, lr=1e-3).beta2
-        0.999
-
-    Reference:
-        Diederik P. Kingma and Jimmy Ba, Adam: A Method for Stochastic Optimization, 2015.
-    """
-
-    step: int
-    """Index of this step, from 1; it sets the bias corrections ``1 - beta**step``."""
-    lr: float
-    """Learning rate."""
-    beta1: float = 0.9
-    """Decay of the first moment. The default is the paper's."""
-    beta2: float = 0.999
-    """Decay of the second moment. The default is the paper's."""
-    eps: float = 1e-8
-    """Added to the root of the second moment. The default is the paper's."""
-    weight_decay: float = 0.0
-    """Weight decay; 0 for none."""
-    decoupled: bool = True
-    """True: AdamW's decay of the parameter; False: Adam's, added to the gradient."""
-    scale: float = 1.0
-    """Factor on the gradient: mean, loss scale and clipping in one number."""
-    zero_grad: bool = False
-    """Set the gradient to 0 in the same pass."""
-
-    def __post_init__(self) -> None:
-        _check_step(self.step)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

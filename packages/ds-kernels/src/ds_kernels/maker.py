@@ -1,4 +1,4 @@
-"""Fused optimizers over a partitioner's shards: scale, step and copy in one pass."""
+"""Fused optimizers but Adam over a partitioner's shards: scale, step and copy in one pass."""
 
 from __future__ import annotations
 

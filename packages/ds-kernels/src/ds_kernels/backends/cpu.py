@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from types import MappingProxyType, ModuleType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -90,7 +90,23 @@ class CpuBackend:
             RuntimeError: If the native module is missing.
         """
         check_adam(param, grad, exp_avg, exp_avg_sq, copy)
-        _optimizers().adamw(native(self.isa), param, grad, exp_avg, exp_avg_sq, copy=copy, hyper=hyper)
+        check_cpu("param", param)
+        # Without decay both forms are the same, and the decoupled one leaves every bit of the gradient.
+        decoupled = hyper.decoupled or hyper.weight_decay == 0
+        betas = hyper.beta1, hyper.beta2
+        native(self.isa).adam(
+            (
+                (param.data_ptr(), 0, 0),
+                (grad.data_ptr(), 0, FORMATS[grad.dtype]),
+                [(exp_avg.data_ptr(), 0, 0), (exp_avg_sq.data_ptr(), 0, 0)],
+                (0, 0, 0) if copy is None else (copy.data_ptr(), 0, FORMATS[copy.dtype]),
+                hyper.zero_grad,
+                param.numel(),
+                torch.get_num_threads(),
+            ),
+            (hyper.step, hyper.lr, *betas, hyper.eps, hyper.weight_decay, hyper.scale, decoupled),
+        )
+        mark_written(param, exp_avg, exp_avg_sq, copy, grad if hyper.zero_grad else None)
 
     def tree_sum(self, out: Tensor, pieces: Sequence[Tensor]) -> None:
         """Sum ``pieces`` in float32 along a binary tree over their order, rounding once into ``out``.
@@ -138,17 +154,9 @@ class CpuBackend:
         return sums
 
 
-# Imported at the first use, so that importing the package stays cheap.
-
-
-def _optimizers() -> ModuleType:
-    from .native import optimizers
-
-    return optimizers
-
-
 @functools.cache
 def _families() -> Mapping[str, Callable[..., Any]]:
-    from .native import codecs, losses
+    # Imported at the first use, so that importing the package stays cheap.
+    from .native import codecs, losses, optimizers
 
-    return MappingProxyType({**codecs.KERNELS, **losses.KERNELS, **_optimizers().KERNELS})
+    return MappingProxyType({**codecs.KERNELS, **losses.KERNELS, **optimizers.KERNELS})

@@ -13,8 +13,10 @@ from ..checks import NOTHING, Beside, check_cpu, check_step, mark_written
 from ..plain.optimizers import SQUARE_CHUNK, check_momentum, sum_chunks
 
 if TYPE_CHECKING:
+    from ds_core.kernel_protocols import AdamHyper
+
     from ..._native import Kernels
-    from ...hyper import AdagradHyper, AdamHyper, LambHyper, LionHyper, SgdHyper
+    from ...hyper import AdagradHyper, LambHyper, LionHyper, SgdHyper
 
 CODECS = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.int8: 4, torch.uint8: 5})
 """How the native module numbers codecs."""

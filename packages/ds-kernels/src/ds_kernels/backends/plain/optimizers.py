@@ -20,7 +20,9 @@ from . import state_codecs
 from .sums import chunk_sumsq, tree_of_rows
 
 if TYPE_CHECKING:
-    from ...hyper import AdagradHyper, AdamHyper, LambHyper, LionHyper, SgdHyper
+    from ds_core.kernel_protocols import AdamHyper
+
+    from ...hyper import AdagradHyper, LambHyper, LionHyper, SgdHyper
 
 SQUARE_CHUNK = 512
 """Elements whose squares LAMB sums at a time."""
