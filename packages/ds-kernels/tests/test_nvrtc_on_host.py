@@ -82,8 +82,8 @@ def test_what_does_not_lie_on_the_device_is_named(on_host, hyper):
 
 def test_every_op_has_a_name_that_c_accepts():
     kernels = [
-        optimizers.adamw_kernel(torch.float16, None, True),
-        activations.bias_gelu_kernel(FLOATS[0], "tanh", True),
+        optimizers.adamw_kernel(torch.float16, None, decoupled=True),
+        activations.bias_gelu_kernel(FLOATS[0], "tanh", backward=True),
     ]
     assert [kernel.name for kernel in kernels] == ["adamw_Float16_Float32_true", "bias_gelu_Float32_Tanh_true"]
 
