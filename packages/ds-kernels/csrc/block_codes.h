@@ -17,7 +17,6 @@ struct Fit {
     float threshold;  // ternary: smaller magnitudes become 0
 };
 
-inline float magnitude(float x) { return as_float(as_bits(x) & kMagnitude); }
 
 // Sum of value(i) for i < n, a multiple of the lanes.
 template <class Value>

@@ -27,6 +27,8 @@ inline std::uint32_t as_bits(float value) {
 constexpr std::uint32_t kMagnitude = 0x7fffffffu;
 constexpr std::uint32_t kInfinity = 0x7f800000u;
 
+inline float magnitude(float x) { return as_float(as_bits(x) & kMagnitude); }
+
 struct Float32 {
     using Storage = float;
     static float widen(float stored) { return stored; }

@@ -1,8 +1,10 @@
 // What each instruction set provides: one table for each family of kernels, all with the same meaning and the same bits.
 #pragma once
 
+#include "activation_table.h"
 #include "codec_table.h"
 #include "loss_table.h"
+#include "norm_table.h"
 #include "optimizer_table.h"
 #include "reduction_table.h"
 #include "state_table.h"
@@ -11,8 +13,10 @@ namespace ds_kernels {
 
 struct KernelTable {
     const char* name;
+    ActivationTable activations;
     CodecTable codecs;
     LossTable losses;
+    NormTable norms;
     OptimizerTable optimizers;
     ReductionTable reductions;
     StateTable states;

@@ -22,8 +22,10 @@ struct Kernels {
     const KernelTable& table;
 };
 
+void bind_activations(pybind11::class_<Kernels>& kernels);
 void bind_codecs(pybind11::class_<Kernels>& kernels);
 void bind_losses(pybind11::class_<Kernels>& kernels);
+void bind_norms(pybind11::class_<Kernels>& kernels);
 void bind_optimizers(pybind11::class_<Kernels>& kernels);
 void bind_reductions(pybind11::class_<Kernels>& kernels);
 

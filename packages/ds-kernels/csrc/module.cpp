@@ -41,8 +41,10 @@ PYBIND11_MODULE(_native, module) {
     module.def("isas", &ds_kernels::isas, "Instruction sets this processor runs, fastest first.");
     py::class_<ds_kernels::Kernels> kernels(module, "Kernels");
     kernels.def(py::init(&ds_kernels::kernels_of));
+    ds_kernels::bind_activations(kernels);
     ds_kernels::bind_codecs(kernels);
     ds_kernels::bind_losses(kernels);
+    ds_kernels::bind_norms(kernels);
     ds_kernels::bind_optimizers(kernels);
     ds_kernels::bind_reductions(kernels);
 }

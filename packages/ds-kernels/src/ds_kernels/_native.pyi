@@ -11,6 +11,45 @@ def isas() -> list[str]: ...
 
 class Kernels:
     def __init__(self, isa: str, /) -> None: ...
+    def bias_gelu(
+        self, x: int, bias: int, out: int, rows: int, columns: int, x_format: int, tanh: bool, threads: int, /
+    ) -> None: ...
+    def bias_gelu_backward(
+        self,
+        grad: int,
+        x: int,
+        bias: int,
+        grad_x: int,
+        grad_bias: int,
+        rows: int,
+        columns: int,
+        x_format: int,
+        tanh: bool,
+        threads: int,
+        /,
+    ) -> None: ...
+    def math(self, function: int, x: int, out: int, n: int, /) -> None: ...
+    def norm(
+        self,
+        inputs: tuple[int, int, int, int],
+        outputs: tuple[int, int, int, int],
+        shape: tuple[int, int],
+        eps: float,
+        x_format: int,
+        centered: bool,
+        threads: int,
+        /,
+    ) -> None: ...
+    def norm_backward(
+        self,
+        inputs: tuple[int, int, int, int, int, int],
+        outputs: tuple[int, int, int],
+        shape: tuple[int, int],
+        x_format: int,
+        centered: bool,
+        threads: int,
+        /,
+    ) -> None: ...
     def adam(self, arrays: _Arrays, numbers: tuple[int, float, float, float, float, float, float, bool], /) -> None: ...
     def lion(self, arrays: _Arrays, numbers: tuple[float, float, float, float, float], /) -> None: ...
     def adagrad(self, arrays: _Arrays, numbers: tuple[int, float, float, float, float, float], /) -> None: ...

@@ -157,6 +157,7 @@ class CpuBackend:
 @functools.cache
 def _families() -> Mapping[str, Callable[..., Any]]:
     # Imported at the first use, so that importing the package stays cheap.
-    from .native import codecs, losses, optimizers
+    from .native import activations, codecs, losses, norms, optimizers
 
-    return MappingProxyType({**codecs.KERNELS, **losses.KERNELS, **optimizers.KERNELS})
+    families = (activations, codecs, losses, norms, optimizers)
+    return MappingProxyType({op: kernel for family in families for op, kernel in family.KERNELS.items()})

@@ -3,5 +3,6 @@
 from .activations import bias_gelu
 from .linear import linear_gelu
 from .losses import linear_cross_entropy
+from .norms import layer_norm, rms_norm
 
-__all__ = ["bias_gelu", "linear_cross_entropy", "linear_gelu"]
+__all__ = ["bias_gelu", "layer_norm", "linear_cross_entropy", "linear_gelu", "rms_norm"]

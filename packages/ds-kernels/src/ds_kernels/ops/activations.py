@@ -41,7 +41,8 @@ _bias_gelu_backward = declare(
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
     """Return ``gelu(x + bias)`` in one pass over memory; the backward pass is one, too.
 
-    The pre-activation is computed again in the backward pass: only ``x`` and ``bias`` are kept.
+    The pre-activation is computed again in the backward pass: only ``x`` and ``bias`` are kept. In float32 8 bytes are
+    moved for each element forward and 12 backward, where bias and gelu by themselves move 16 and 16 and keep the sum.
 
     Args:
         x: ``[..., n]``, contiguous; float32, bfloat16 or float16.
@@ -68,5 +69,5 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
         )
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh'; got {approximate!r}")
-    result: Tensor = _bias_gelu(x.contiguous(), bias, approximate)
+    result: Tensor = _bias_gelu(x.contiguous(), None if bias is None else bias.contiguous(), approximate)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
@@ -20,7 +21,7 @@ def bias_gelu_backward(grad: Tensor, x: Tensor, bias: Tensor | None, approximate
     """Return the gradients of ``x`` and of ``bias``; the latter is empty where there is no bias."""
     inside = x if bias is None else x + bias
     grad_x = torch.ops.aten.gelu_backward(grad, inside, approximate=approximate)
-    rows = grad_x.reshape(-1, x.shape[-1])
+    rows = grad_x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     grad_bias = x.new_empty(0) if bias is None else rows.sum(0, dtype=torch.float32).to(bias.dtype)
     return grad_x, grad_bias
 

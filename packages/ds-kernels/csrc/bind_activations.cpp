@@ -1,0 +1,44 @@
+// Python functions of activations.
+#include "column_sums.h"
+#include "kernels.h"
+#include "parallel.h"
+
+namespace py = pybind11;
+
+namespace ds_kernels {
+namespace {
+
+void bias_gelu(const Kernels& kernels, Address x, Address bias, Address out, std::size_t rows, std::size_t columns,
+               int format, bool tanh, int threads) {
+    const BiasGeluArgs args{nullptr, pointer<const void>(x), pointer<const void>(bias), pointer<void>(out), columns};
+    const BiasGeluKernel kernel = kernels.table.activations.bias_gelu[format][tanh][bias != 0];
+    const py::gil_scoped_release unlocked;
+    for_slices(rows * columns, 1, threads, [&](std::size_t begin, std::size_t end) { kernel(args, begin, end); });
+}
+
+void bias_gelu_backward(const Kernels& kernels, Address grad, Address x, Address bias, Address grad_x,
+                        Address grad_bias, std::size_t rows, std::size_t columns, int format, bool tanh, int threads) {
+    const BiasGeluArgs args{pointer<const void>(grad), pointer<const void>(x), pointer<const void>(bias),
+                            pointer<void>(grad_x), columns};
+    const BiasGeluBackwardKernel kernel = kernels.table.activations.bias_gelu_backward[format][tanh][bias != 0];
+    const py::gil_scoped_release unlocked;
+    if (bias == 0) {
+        return for_slices(rows * columns, 1, threads,
+                          [&](std::size_t begin, std::size_t end) { kernel(args, begin, end, nullptr); });
+    }
+    sum_columns(kernels, rows, columns, threads, {pointer<void>(grad_bias)}, format,
+                [&](std::size_t begin, std::size_t end, float* sums) { kernel(args, begin, end, sums); });
+}
+
+void math(const Kernels& kernels, int function, Address x, Address out, std::size_t n) {
+    const StrictFloat guard;
+    kernels.table.activations.math[function](pointer<const float>(x), pointer<float>(out), n);
+}
+
+}  // namespace
+
+void bind_activations(py::class_<Kernels>& kernels) {
+    kernels.def("bias_gelu", &bias_gelu).def("bias_gelu_backward", &bias_gelu_backward).def("math", &math);
+}
+
+}  // namespace ds_kernels
