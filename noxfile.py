@@ -145,13 +145,17 @@ def surface(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Measure: -- train, -- adamw or -- large, and their options (see benchmarks/README.md)."""
+    """Measure: -- train, -- large, -- adamw and so on, and their options (see benchmarks/README.md)."""
     name, *options = session.posargs or ["train"]
     _install_wheels(session, *WHEELS, extra=["./tests-integration/testkit", "pybind11", "setuptools", "ninja"])
     session.install("-c", "constraints.txt", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
     programs = {
         "train": ["-m", "benchmarks.train"],
         "adamw": ["packages/ds-kernels/benchmarks/adamw.py"],
+        "codecs": ["packages/ds-kernels/benchmarks/block_codecs.py"],
+        "loss": ["packages/ds-kernels/benchmarks/linear_cross_entropy.py"],
+        "optimizers": ["packages/ds-kernels/benchmarks/optimizers.py"],
+        "pointwise": ["packages/ds-kernels/benchmarks/pointwise.py"],
         "large": ["-m", "benchmarks.large"],
     }
     if name not in programs:
