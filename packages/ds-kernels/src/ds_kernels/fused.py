@@ -174,17 +174,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     # Masters #
 
     def master(self, param: Tensor) -> Tensor:
-        """Return the float32 value of ``param``; of a float32 parameter a view.
-
-        Example:
-            >>> from ds_kernels.optim import FusedSGD
-            >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-            >>> optimizer = FusedSGD([weight], lr=2.0**-12)
-            >>> weight.grad = torch.ones_like(weight)
-            >>> optimizer.step()
-            >>> weight.detach(), optimizer.master(weight)
-            (tensor([1., 1.], dtype=torch.bfloat16), tensor([0.9998, 0.9998]))
-        """
+        """Return the float32 value of ``param``; of a float32 parameter a view."""
         from .backends.plain import state_codecs
 
         return state_codecs.decode(param.detach(), self.state[param].get(LOW) if param in self.state else None)

@@ -40,6 +40,15 @@ class FusedSGD(FusedOptimizer):
         >>> weight.detach()
         tensor([0.3750, 1.6250])
 
+        A bfloat16 parameter has an exact float32 master, which small steps move although the parameter stands still:
+
+        >>> weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        >>> optimizer = FusedSGD([weight], lr=2.0**-12)
+        >>> weight.grad = torch.ones_like(weight)
+        >>> optimizer.step()
+        >>> weight.detach(), optimizer.master(weight)
+        (tensor([1., 1.], dtype=torch.bfloat16), tensor([0.9998, 0.9998]))
+
     Reference:
         Sutskever et al., On the importance of initialization and momentum in deep learning, 2013.
     """
