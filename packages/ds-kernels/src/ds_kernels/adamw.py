@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -200,7 +201,7 @@ class ShardStep:
         optimizer: Holds the state of each parameter, under the parameter.
         group: One of ``optimizer.param_groups``.
         scale: Factor on the gradients.
-        adamw: The kernels to step with.
+        kernels: Those to step with.
     """
 
     def __init__(
@@ -209,12 +210,12 @@ class ShardStep:
         group: dict[str, Any],
         *,
         scale: float,
-        adamw: Lookup,
+        kernels: Lookup,
     ) -> None:
         self._optimizer = optimizer
         self._group = group
         self._scale = scale
-        self._adamw = adamw
+        self._kernels = kernels
         self._hypers: dict[int, AdamHyper] = {}  # by step: nearly always one
 
     def run(self, param: Tensor, grad: Tensor, copy: Tensor | None = None) -> None:
@@ -227,12 +228,70 @@ class ShardStep:
         if hyper is None:
             hyper = self._optimizer.hyper(self._group, step, self._scale, zero_grad=False)
             self._hypers[step] = hyper
-        adamw = self._adamw[param.device, param.dtype]
+        adamw = self._kernels[param.device, param.dtype]
         adamw(param, grad, state["exp_avg"], state["exp_avg_sq"], copy=copy, hyper=hyper)
         state["step"].fill_(step)
 
 
-class AdamMaker:
+class ShardMaker:
+    """Runs the step of fused optimizers over a partitioner's shards: scale, step and copy in one pass.
+
+    Args:
+        make_step: Makes the step of one group: ``(optimizer, group, *, scale, kernels)``.
+        find: Makes what finds kernels, given a backend that comes first, or None.
+        kernels: The backend to run on; None takes the process's choice at each step.
+    """
+
+    def __init__(
+        self,
+        make_step: Callable[..., Any],
+        find: Callable[[KernelBackend | None], Any],
+        kernels: KernelBackend | None,
+    ) -> None:
+        self._make_step = make_step
+        self._find = find
+        self._found = None if kernels is None else find(kernels)
+
+    @torch.no_grad()
+    def update(
+        self, optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float
+    ) -> Iterator[int]:
+        """Step once over all ``units``; a generator, so the step goes on as far as its indices are taken.
+
+        One pass over memory: AdamW moves 28 bytes per element in float32; with bfloat16 gradients and copies also 28,
+        where casting, stepping and copying back would move 40.
+
+        Args:
+            optimizer: What ``make`` returned.
+            units: Shards to step, in units that are wanted together.
+            scale: Factor on the gradients.
+
+        Yields:
+            The index of each unit when its parameters and copies stand.
+
+        Raises:
+            ValueError: If a shard's master is not a parameter of ``optimizer``, or its tensors do not fit.
+        """
+        step_of = {}
+        kernels = self._find(None) if self._found is None else self._found
+        for group in optimizer.param_groups:
+            group_step = self._make_step(optimizer, group, scale=scale, kernels=kernels)
+            step_of.update(dict.fromkeys(group["params"], group_step))
+        name = f"{type(self).__name__}.update"
+        for index, unit in enumerate(units):
+            with torch.profiler.record_function(name):
+                for shard in unit:
+                    if shard.master not in step_of:
+                        raise ValueError(
+                            "the master of each shard must be a parameter of the optimizer; got one of "
+                            f"{shard.master.numel()} elements in unit {index} that is not; make the "
+                            "optimizer over the same shards"
+                        )
+                    step_of[shard.master].run(shard.master, shard.grad, shard.copy)
+            yield index
+
+
+class AdamMaker(ShardMaker):
     """Makes an :class:`AdamW` or :class:`Adam` over 1D shards, and runs its step.
 
     Args:
@@ -246,9 +305,9 @@ class AdamMaker:
     """
 
     def __init__(self, config: AdamConfig, *, kernels: KernelBackend | None = None) -> None:
+        super().__init__(ShardStep, partial(Lookup, "adamw"), kernels)
         self._config = config
         self._kernels = kernels
-        self._given = None if kernels is None else Lookup("adamw", kernels)
 
     def make(self, groups: ParamGroups) -> torch.optim.Optimizer:
         """Return an optimizer over ``groups``, whose parameters are 1D shards in float32.
@@ -266,41 +325,3 @@ class AdamMaker:
             bias_correction=self._config.bias_correction,
             kernels=self._kernels,
         )
-
-    @torch.no_grad()
-    def update(
-        self, optimizer: torch.optim.Optimizer, units: Sequence[Sequence[ShardUpdate]], scale: float
-    ) -> Iterator[int]:
-        """Step once over all ``units``; a generator, so the step goes on as far as its indices are taken.
-
-        One pass over memory: 28 bytes per element in float32; with bfloat16 gradients and copies also 28,
-        where casting, stepping and copying back would move 40.
-
-        Args:
-            optimizer: What :meth:`make` returned.
-            units: Shards to step, in units that are wanted together.
-            scale: Factor on the gradients.
-
-        Yields:
-            The index of each unit when its parameters and copies stand.
-
-        Raises:
-            ValueError: If a shard's master is not a parameter of ``optimizer``, or its tensors do not fit.
-        """
-        mine = cast("Adam", optimizer)
-        step_of = {}
-        adamw = Lookup("adamw", None) if self._given is None else self._given
-        for group in mine.param_groups:
-            group_step = ShardStep(mine, group, scale=scale, adamw=adamw)
-            step_of.update(dict.fromkeys(group["params"], group_step))
-        for index, unit in enumerate(units):
-            with torch.profiler.record_function("AdamMaker.update"):
-                for shard in unit:
-                    if shard.master not in step_of:
-                        raise ValueError(
-                            "the master of each shard must be a parameter of the optimizer; got one of "
-                            f"{shard.master.numel()} elements in unit {index} that is not; make the "
-                            "optimizer over the same shards"
-                        )
-                    step_of[shard.master].run(shard.master, shard.grad, shard.copy)
-            yield index

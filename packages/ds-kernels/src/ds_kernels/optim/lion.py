@@ -23,8 +23,7 @@ class FusedLion(FusedOptimizer):
         params: Parameters, or parameter groups; float32, or bfloat16 with an exact float32 master.
         lr: Learning rate; the paper takes a third to a tenth of AdamW's. The default is DeepSpeed's.
         betas: Weight of the old moment in the direction, and decay of the moment. The defaults are DeepSpeed's; the
-        paper
-            has 0.99 for the second.
+            paper has 0.99 for the second.
         weight_decay: Decoupled weight decay.
         storage: ``moments``, ``zero_grad`` and ``kernels``, as in :class:`ds_kernels.Adam`.
 
