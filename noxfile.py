@@ -1,11 +1,13 @@
 """Builds, tests and measures the wheels: ``nox -l`` lists the sessions, ``nox -s NAME`` runs one.
 
 Each session makes its own virtual environment with virtualenv and pip, so that pip's own configuration decides where
-torch comes from; ``constraints.txt`` pins what is tested.
+torch comes from; ``constraints.txt`` pins what is tested. torch and NumPy lie on the disk once, in an environment that
+the others look into.
 """
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shutil
 from pathlib import Path
@@ -13,6 +15,8 @@ from pathlib import Path
 import nox
 
 ROOT = Path(__file__).parent
+TORCH = ROOT / ".nox" / "torch"
+_MADE = re.compile(r"/(build|__pycache__|\.[^/]*|[^/]*\.egg-info)/|\.so$")  # what is no source
 WHEELS = ("ds-core", "ds-kernels", "ds-zero")
 GUARDS = ("lint", "types", "shape", "cycles", "surface")
 
@@ -181,8 +185,33 @@ def _install_wheels(session: nox.Session, *wheels: str, extra: list[str] | None 
     """Build and install wheels of ours, not editable: what is tested is what users get."""
     extras = [item for item in extra or [] if not item.startswith("./")]
     ours = [item for item in extra or [] if item.startswith("./")]
-    session.install("-c", "constraints.txt", "torch", "numpy", *extras)
-    for path in [*(f"./packages/{wheel}" for wheel in wheels), *ours]:
+    _share_torch(session)
+    if extras:
+        session.install("-c", "constraints.txt", *extras)
+    built = [_build_once(session, path) for path in [*(f"packages/{wheel}" for wheel in wheels), *ours]]
+    session.install("-c", "constraints.txt", *built)
+
+
+def _build_once(session: nox.Session, folder: str) -> str:
+    """Return the wheel of a folder, built anew only if something in the folder has changed: kernels take a minute."""
+    files = sorted(
+        path for path in (ROOT / folder).rglob("*") if path.is_file() and not _MADE.search(str(path.relative_to(ROOT)))
+    )
+    content = b"".join(str(path).encode() + path.read_bytes() for path in files)
+    home = ROOT / ".nox" / "wheels" / hashlib.sha256(content).hexdigest()[:16]
+    if not any(home.glob("*.whl")):
         # a build folder left by an older build would put removed files into the wheel
-        shutil.rmtree(ROOT / path / "build", ignore_errors=True)
-    session.install("-c", "constraints.txt", *(f"./packages/{wheel}" for wheel in wheels), *ours)
+        shutil.rmtree(ROOT / folder / "build", ignore_errors=True)
+        session.run("python", "-m", "pip", "wheel", "--no-deps", "-w", str(home), f"./{folder}", silent=True)
+    return str(next(home.glob("*.whl")))
+
+
+def _share_torch(session: nox.Session) -> None:
+    """Install torch once for all sessions; ten copies of it may not fit on a disk."""
+    where = ("-c", "import site; print(site.getsitepackages()[0])")
+    python = str(TORCH / "bin" / "python")
+    if not TORCH.exists():
+        session.run("python", "-m", "venv", str(TORCH), external=True)
+    session.run(python, "-m", "pip", "install", "-q", "-c", "constraints.txt", "torch", "numpy", external=True)
+    shared, own = (str(session.run(who, *where, silent=True, external=True)).strip() for who in (python, "python"))
+    Path(own, "torch_of_all_sessions.pth").write_text(f"{shared}\n")

@@ -242,6 +242,8 @@ def test_both_sides_of_a_mismatch_are_named(ranks: RankPool, ordered: bool, what
     for text in ranks.run(mismatched, ordered, what, size=3):
         assert f"rank 0: {common}" in text or f"rank 1: {common}" in text, text
         assert odd in text, text
+    if what == "order" and not ordered:
+        ranks.close()  # messages that nobody takes stay in their group, and the next call in it may wait for ever
 
 
 def test_a_rank_that_does_not_come_is_named() -> None:
