@@ -62,7 +62,7 @@ class Contender:
     def __init__(self, name: str, world: int, work: Workload) -> None:
         context = mp.get_context("spawn")
         store = os.path.join(tempfile.mkdtemp(), "store")
-        self.name, self.times, self.rss = name, [], 0.0
+        self.name, self.times, self.rss, self.share = name, [], 0.0, 0.0
         self._pipes, self._processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
@@ -83,20 +83,37 @@ class Contender:
             self.times += answers[0][0]
         self.rss = max(rss for _, rss in answers) / 2**20
 
+    def measure_share(self, steps: int) -> None:
+        """Run ``steps``, and see how much memory the ranks take together: pages that several map count once."""
+        for pipe in self._pipes:
+            pipe.send(steps)
+        while not all(pipe.poll(0.02) for pipe in self._pipes):
+            together = sum(_proportional_set_size(process.pid) for process in self._processes)
+            self.share = max(self.share, together / len(self._processes) / 2**20)
+        for pipe in self._pipes:
+            pipe.recv()
+
+
+def _proportional_set_size(pid: int) -> int:
+    """Return a process's share of the memory that it maps, in KiB."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Pss:"))
+
 
 def table(contenders: list[Contender], work: Workload, world: int) -> str:
     """Return the results as Markdown."""
     medians = {c.name: statistics.median(c.times) for c in contenders}
     base, ddp = medians.get("floor"), medians.get("ddp")
-    rows = ["| contender | median step (s) | quartiles | x floor | overhead (ms) | x DDP | peak RSS per rank (GiB) |"]
-    rows.append("|---|---|---|---|---|---|---|")
+    columns = ["contender", "median step (s)", "quartiles", "x floor", "overhead (ms)", "x DDP"]
+    columns += ["peak RSS per rank (GiB)", "in steps, shared pages counted once (GiB)"]
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for c in contenders:
         low, _, high = statistics.quantiles(c.times, n=4)
         cells = [c.name, f"{medians[c.name]:.3f}", f"{low:.3f} to {high:.3f}"]
         cells.append(f"{medians[c.name] / base:.2f}" if base else "")
         cells.append(f"{(medians[c.name] - base) * 1e3:.0f}" if base else "")
         cells.append(f"{medians[c.name] / ddp:.2f}" if ddp else "")
-        rows.append("| " + " | ".join([*cells, f"{c.rss:.2f}"]) + " |")
+        rows.append("| " + " | ".join([*cells, f"{c.rss:.2f}", f"{c.share:.2f}"]) + " |")
     numel = sum(p.numel() for p in _meta(work).parameters())
     title = (
         f"### {numel / 1e6:.1f} M parameters, {'bf16 (fp32 masters)' if work.bf16 else 'fp32'}, {world} ranks, "
@@ -173,6 +190,8 @@ def compare(options: argparse.Namespace, world: int, work: Workload) -> str:
         for contender in random.sample(contenders, len(contenders)):
             contender.run(1, keep=False)  # refills caches after the others
             contender.run(options.steps, keep=True)
+    for contender in contenders:
+        contender.measure_share(2)
     text = table(contenders, work, world)
     print(text, flush=True)
     for contender in contenders:
