@@ -150,14 +150,35 @@ def activations_of(name: str, device: torch.device) -> None:
             assert errors[0] <= 2 * errors[1] + room, (name, dtype, approximate, num_rows, columns, errors)
 
 
+def swiglu_of(name: str, device: torch.device) -> None:
+    """Check bias_swiglu and its backward of one backend against float64."""
+    ops = "bias_swiglu", "bias_swiglu_backward"
+    for dtype, num_rows, columns in product(FLOATS, (1, 37), (3, 260, 1024)):
+        x, grad = (torch.randn(num_rows, n * columns, device=device).to(dtype) for n in (2, 1))
+        bias = torch.randn(2 * columns, device=device).to(dtype)
+        for op, inputs in zip(ops, ((x, bias), (grad, x, bias)), strict=True):
+            plain = REFERENCE.find(op, device, dtype)
+            results = kernel(name, op, device, dtype)(*inputs), plain(*inputs), plain(*(t.double() for t in inputs))
+            for ours, theirs, right in zip(*map(_listed, results), strict=True):
+                errors = [float((t.double() - right).abs().max()) for t in (ours, theirs)]
+                room = torch.finfo(dtype).eps * float(right.abs().max()) if right.numel() < 2000 else 0.0
+                assert errors[0] <= 2 * errors[1] + room, (name, op, dtype, num_rows, columns, errors)
+
+
+def _listed(result: Any) -> list[Tensor]:
+    return [result] if isinstance(result, Tensor) else list(result)
+
+
 def activations_of_nvrtc_are_as_exact_as_torch(device: torch.device) -> None:
-    """Errors of bias_gelu, forward and backward, against float64."""
+    """Errors of bias_gelu and bias_swiglu, forward and backward, against float64."""
     activations_of("nvrtc", device)
+    swiglu_of("nvrtc", device)
 
 
 def activations_of_triton_are_as_exact_as_torch(device: torch.device) -> None:
-    """Errors of bias_gelu, forward and backward, against float64."""
+    """Errors of bias_gelu and bias_swiglu, forward and backward, against float64."""
     activations_of("triton", device)
+    swiglu_of("triton", device)
 
 
 def exact_norm(total: Tensor, weight: Tensor, bias: Tensor | None = None, *, layer: bool) -> Tensor:
@@ -169,11 +190,21 @@ def exact_norm(total: Tensor, weight: Tensor, bias: Tensor | None = None, *, lay
 
 def norms_of_nvrtc_are_as_exact_as_torch(device: torch.device) -> None:
     """Errors of layer_norm and rms_norm with a residual, forward and backward, against float64."""
+    norms_of("nvrtc", device)
+
+
+def norms_of_triton_are_as_exact_as_torch(device: torch.device) -> None:
+    """Errors of layer_norm and rms_norm with a residual, forward and backward, against float64."""
+    norms_of("triton", device)
+
+
+def norms_of(backend: str, device: torch.device) -> None:
+    """Check the norms of one backend against float64."""
     for op, dtype, columns in product(("layer_norm", "rms_norm"), FLOATS, (131, 1028, 5000)):
         plain = [REFERENCE.find(name, device, dtype) for name in (op, f"{op}_backward")]
         if plain[0] is None:
             raise NotRun(f"there is no plain {op} to compare with")
-        ours = [kernel("nvrtc", name, device) for name in (op, f"{op}_backward")]
+        ours = [kernel(backend, name, device) for name in (op, f"{op}_backward")]
         x, residual, grad, grad_sum = torch.randn(4, 37, columns, device=device).to(dtype)
         weight, bias = torch.randn(2, columns, device=device).to(dtype)
         affine = (weight, bias) if op == "layer_norm" else (weight,)
@@ -286,6 +317,7 @@ CHECKS: list[Callable[[torch.device], None]] = [
     activations_of_nvrtc_are_as_exact_as_torch,
     activations_of_triton_are_as_exact_as_torch,
     norms_of_nvrtc_are_as_exact_as_torch,
+    norms_of_triton_are_as_exact_as_torch,
     products_of_cutlass_are_as_exact_as_torch,
     ops_are_taken_from_nvrtc_also_in_compiled_models,
     kernels_follow_streams_threads_and_graphs,

@@ -1,10 +1,10 @@
 """Times activations and norms, forward and backward, against eager torch and torch.compile, alternating in one process.
 
-    python benchmarks/pointwise.py --threads 1 2 --out pointwise.md
+    python benchmarks/pointwise.py --ops swiglu --threads 1 2 --out pointwise.md
 
 Contenders take turns; ratios are medians of the ratios within one round, so that slow minutes of a shared machine hit
-all alike. ``bytes`` is what one pass forward and one backward must move for each element, GB/s count it for
-every contender, and an in-place axpy in the same rounds is the floor: what memory gives.
+all alike. GB/s count what one pass forward and one backward must move, and an in-place axpy in the same rounds is what
+memory gives. ``--out`` appends, so that a table can be made in parts; the first part brings the heading.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from ds_kernels.ops import bias_gelu, layer_norm, rms_norm
+from ds_kernels.ops import bias_gelu, bias_swiglu, layer_norm, rms_norm
 from torch import Tensor
 from torch.nn import functional
 
@@ -31,16 +32,15 @@ class Task(NamedTuple):
     """One op: ours, and the same in torch."""
 
     name: str
-    arrays: int  # of the input's size that one pass forward and one backward read and write
+    arrays: float  # of the input's size that one pass forward and one backward read and write
     ours: Function
     eager: Function
     residual: bool
 
 
-class Row(NamedTuple):
+class Contender(NamedTuple):
     """One contender's result."""
 
-    contender: str
     median_ms: float
     gb_per_s: float
     ratio: float  # its time over ours, median within rounds
@@ -55,10 +55,16 @@ def tasks() -> Iterator[Task]:
             lambda x, r, w, b, how=approximate: (functional.gelu(x + b, approximate=how),),
             False,
         )
+    yield Task("bias_swiglu", 4, lambda x, r, w, b: (bias_swiglu(x, b),), plain_swiglu, False)
     yield Task("layer_norm", 5, lambda x, r, w, b: layer_norm(x, w, b)[:1], plain_layer_norm, False)
     yield Task("rms_norm", 5, lambda x, r, w, b: rms_norm(x, w)[:1], plain_rms_norm, False)
     yield Task("residual + layer_norm", 8, lambda x, r, w, b: layer_norm(x, w, b, residual=r), add_layer_norm, True)
     yield Task("residual + rms_norm", 8, lambda x, r, w, b: rms_norm(x, w, residual=r), add_rms_norm, True)
+
+
+def plain_swiglu(x: Tensor, _: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+    gate, value = (x + bias).chunk(2, -1)
+    return (functional.silu(gate) * value,)
 
 
 def plain_layer_norm(x: Tensor, _: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
@@ -79,27 +85,27 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor) -> t
     return functional.rms_norm(total, total.shape[-1:], weight, 1e-6), total
 
 
-def forward_backward(function: Function, inputs: list[Tensor], grads: list[Tensor]) -> Callable[[], object]:
+def forward_backward(function: Function, inputs: list[Tensor]) -> Callable[[], object]:
+    grads = [torch.randn_like(output) for output in function(*inputs)]
+
     def step() -> None:
         for tensor in inputs:
             tensor.grad = None
-        outputs = function(*inputs)
-        torch.autograd.backward(outputs, grads[: len(outputs)])
+        torch.autograd.backward(function(*inputs), grads)
 
     return step
 
 
-def measure(task: Task, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> list[Row]:
+def measure(task: Task, shape: tuple[int, int], dtype: torch.dtype, rounds: int) -> dict[str, Contender]:
     x, residual = (torch.randn(shape, dtype=dtype).requires_grad_() for _ in range(2))
     weight, bias = (torch.randn(shape[1], dtype=dtype).requires_grad_() for _ in range(2))
-    grads = [torch.randn(shape, dtype=dtype) for _ in range(2)]
     inputs = [x, residual, weight, bias]
     y, z = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
     compiled = torch.compile(task.eager, fullgraph=True)
     steps = {
-        "ds-kernels": forward_backward(task.ours, inputs, grads),
-        "eager": forward_backward(task.eager, inputs, grads),
-        "torch.compile": forward_backward(compiled, inputs, grads),
+        "ds-kernels": forward_backward(task.ours, inputs),
+        "eager": forward_backward(task.eager, inputs),
+        "torch.compile": forward_backward(compiled, inputs),
         "axpy": lambda: y.add_(z, alpha=1e-3),
     }
     repeats = {name: max(1, round(MIN_SECONDS / (sample(step, 1), sample(step, 2))[1])) for name, step in steps.items()}
@@ -108,15 +114,14 @@ def measure(task: Task, shape: tuple[int, int], dtype: torch.dtype, rounds: int)
         for name, step in steps.items():
             times[name].append(sample(step, repeats[name]))
     nbytes = x.nbytes * task.arrays
-    return [
-        Row(
-            name,
+    return {
+        name: Contender(
             1e3 * statistics.median(seconds),
             (3 * x.nbytes if name == "axpy" else nbytes) / statistics.median(seconds) / 1e9,
             statistics.median(mine / ours for mine, ours in zip(seconds, times["ds-kernels"])),
         )
         for name, seconds in times.items()
-    ]
+    }
 
 
 def sample(step: Callable[[], object], repeats: int) -> float:
@@ -126,38 +131,49 @@ def sample(step: Callable[[], object], repeats: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", default=["2048x3072", "4096x1024"], help="rows x columns")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--out", type=Path, help="write the report as Markdown")
-    args = parser.parse_args()
-    lines = [
+def heading(rounds: int) -> list[str]:
+    return [
         f"# Activations and norms, forward and backward, on a CPU, {date.today()}",
         "",
         f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}, {os.cpu_count()} cores;",
-        f"{args.rounds} rounds, contenders alternating in one process. `ratio` is a contender's time over that of",
-        "ds-kernels: above 1, ds-kernels is faster. GB/s count one pass forward and one backward for all; the axpy",
-        "(`y.add_(x, alpha)`) is the floor.",
+        f"{rounds} rounds, contenders alternating in one process. Times of ds-kernels; eager and compile are the",
+        "times of torch over them: above 1, ds-kernels is faster. GB/s count each array that must be read or",
+        "written once; `of axpy` is their share of the rate of `y.add_(x, alpha)` in the same rounds.",
         "",
-        "| op | shape | data type | threads | contender | median ms | GB/s | ratio |",
-        "|---|---|---|---|---|---|---|---|",
+        "| op | shape | data type | threads | median ms | GB/s | of axpy | eager | compile |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
-    for threads in args.threads:
-        torch.set_num_threads(threads)
-        for shape in args.shapes:
-            for dtype in (torch.float32, torch.bfloat16):
-                for task in tasks():
-                    torch.compiler.reset()
-                    for row in measure(task, tuple(map(int, shape.split("x"))), dtype, args.rounds):
-                        head = f"| {task.name} | {shape} | {str(dtype)[6:]} | {threads} "
-                        lines.append(
-                            f"{head}| {row.contender} | {row.median_ms:.2f} | {row.gb_per_s:.1f} | {row.ratio:.2f} |"
-                        )
-                        print(lines[-1], flush=True)
+
+
+def line(task: Task, shape: str, dtype: torch.dtype, threads: int, rounds: int) -> str:
+    results = measure(task, tuple(map(int, shape.split("x"))), dtype, rounds)
+    ours, axpy = results["ds-kernels"], results["axpy"]
+    return (
+        f"| {task.name} | {shape} | {str(dtype)[6:]} | {threads} | {ours.median_ms:.2f} | {ours.gb_per_s:.1f} "
+        f"| {ours.gb_per_s / axpy.gb_per_s:.2f} | {results['eager'].ratio:.2f} | {results['torch.compile'].ratio:.2f} |"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ops", default="", help="only ops whose names contain this")
+    parser.add_argument("--shapes", nargs="+", default=["2048x3072", "4096x1024"], help="rows x columns")
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--out", type=Path, help="append the table as Markdown")
+    args = parser.parse_args()
+    lines = heading(args.rounds) if args.out is None or not args.out.exists() else []
+    for task, dtype, threads in product(tasks(), args.dtypes, args.threads):
+        if args.ops in task.name:
+            torch.set_num_threads(threads)
+            for shape in args.shapes:
+                torch.compiler.reset()
+                lines.append(line(task, shape, getattr(torch, dtype), threads, args.rounds))
+                print(lines[-1], flush=True)
     if args.out is not None:
-        args.out.write_text("\n".join(lines) + "\n")
+        with args.out.open("a") as file:
+            file.write("\n".join([*lines, ""]))
 
 
 if __name__ == "__main__":

@@ -29,14 +29,19 @@ constexpr std::uint32_t kInfinity = 0x7f800000u;
 
 inline float magnitude(float x) { return as_float(as_bits(x) & kMagnitude); }
 
+// `kFine`: whether an error of 2e-5 of a number shows beside the rounding to the format.
+
 struct Float32 {
     using Storage = float;
+    static constexpr bool kFine = true;
+
     static float widen(float stored) { return stored; }
     static float narrow(float value) { return value; }
 };
 
 struct BFloat16 {
     using Storage = std::uint16_t;
+    static constexpr bool kFine = false;
 
     static float widen(std::uint16_t stored) { return as_float(std::uint32_t(stored) << 16); }
 
@@ -49,6 +54,7 @@ struct BFloat16 {
 
 struct Float16 {
     using Storage = std::uint16_t;
+    static constexpr bool kFine = false;
 
     static float widen(std::uint16_t stored) {
         const std::uint32_t sign = std::uint32_t(stored & 0x8000u) << 16;

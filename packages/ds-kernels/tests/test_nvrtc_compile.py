@@ -31,6 +31,7 @@ BOUNDS = {
     "tree_sum.cuh": Bound(64),
     "chunk_sumsq.cuh": Bound(40, shared=8 * 1024),
     "bias_gelu.cuh": Bound(64, shared=4 * 1024),
+    "bias_swiglu.cuh": Bound(64, shared=4 * 1024),
     "norm.cuh": Bound(96, shared=8 * 1024),  # rows are kept in registers
 }
 

@@ -74,6 +74,23 @@ def test_bias_gelu_is_as_exact_as_torch(on_host, shape, with_bias, approximate):
                 assert _error(ours, right) <= 2 * _error(theirs, right) + _unit(right, dtype)
 
 
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("shape", [(1, 4), (5, 3), (37, 260), (2, 3, 131), (0, 4), (600, 8)])
+def test_bias_swiglu_is_as_exact_as_torch(on_host, shape, with_bias):
+    for dtype in FLOATS:
+        x, grad = torch.randn(*shape[:-1], 2 * shape[-1]).to(dtype), torch.randn(shape).to(dtype)
+        bias = torch.randn(2 * shape[-1]).to(dtype) if with_bias else None
+        exact = [None if t is None else t.double() for t in (grad, x, bias)]
+        plain = ReferenceBackend()
+        for op, inputs in (("bias_swiglu", 1), ("bias_swiglu_backward", 0)):
+            kernel = plain.find(op, x.device, dtype)
+            results = _list(getattr(on_host, op)(*(grad, x, bias)[inputs:])), _list(kernel(*(grad, x, bias)[inputs:]))
+            for ours, theirs, right in zip(*results, _list(kernel(*exact[inputs:]))):
+                assert ours.dtype == theirs.dtype
+                assert ours.shape == theirs.shape
+                assert _error(ours, right) <= 2 * _error(theirs, right) + _unit(right, dtype)
+
+
 def test_what_does_not_lie_on_the_device_is_named(on_host, hyper):
     other = [torch.zeros(12, device="meta") for _ in range(4)]
     with pytest.raises(ValueError, match=r"the backend 'nvrtc' works on tensors in host memory; got param on meta"):

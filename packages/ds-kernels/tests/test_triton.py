@@ -17,6 +17,8 @@ import torch
 from ds_kernels.backends.triton.backend import TritonBackend
 
 PROGRAM = """
+from itertools import product
+
 import torch
 import ds_kernels
 from ds_kernels import ReferenceBackend
@@ -29,26 +31,61 @@ assert ours.unusable() is None
 def listed(result):
     return list(result) if isinstance(result, tuple) else [result]
 
-for dtype in (torch.float32, torch.float16):
-    for approximate in ("none", "tanh"):
-        for shape in ((37, 131), (2, 3, 260), (0, 4), (1, 1)):
-            for with_bias in (True, False):
-                x, grad = torch.randn(2, *shape).to(dtype)
-                if x.numel():
-                    x.view(-1)[0] = 40.0  # where the exponential of a careless tanh overflows
-                bias = torch.randn(shape[-1]).to(dtype) if with_bias else None
-                exact = [None if t is None else t.double() for t in (grad, x, bias)]
-                for op, first in (("bias_gelu", 1), ("bias_gelu_backward", 0)):
-                    kernel, right = ours.find(op, cpu, dtype), plain.find(op, cpu, dtype)
-                    got = listed(kernel(*(grad, x, bias)[first:], approximate))
-                    theirs = listed(right(*(grad, x, bias)[first:], approximate))
-                    want = listed(right(*exact[first:], approximate))
-                    for a, b, c in zip(got, theirs, want):
-                        assert a.dtype == b.dtype and a.shape == b.shape
-                        if a.numel():
-                            room = torch.finfo(dtype).eps * c.abs().max()
-                            errors = [(t.double() - c).abs().max() for t in (a, b)]
-                            assert errors[0] <= 2 * errors[1] + room, (op, dtype, approximate, shape, errors)
+def widened(tensor):
+    return None if tensor is None else tensor.double()
+
+def compare(got, theirs, want, *case):
+    for a, b, c in zip(listed(got), listed(theirs), listed(want)):
+        assert a.dtype == b.dtype and a.shape == b.shape
+        if a.numel():
+            room = torch.finfo(a.dtype).eps * c.abs().max()
+            errors = [(t.double() - c).abs().max() for t in (a, b)]
+            assert errors[0] <= 2 * errors[1] + room, (*case, errors)
+
+SHAPES = ((37, 131), (2, 3, 260), (0, 4), (1, 1))
+for dtype, shape, with_bias, op in product(
+    (torch.float32, torch.float16), SHAPES, (True, False), ("none", "tanh", "bias_swiglu")
+):
+    op, more, wide = (op, (), 2) if op == "bias_swiglu" else ("bias_gelu", (op,), 1)
+    x, grad = torch.randn(*shape[:-1], wide * shape[-1]).to(dtype), torch.randn(shape).to(dtype)
+    if x.numel():
+        x.view(-1)[0] = 40.0  # where the exponential of a careless tanh overflows
+    bias = torch.randn(x.shape[-1]).to(dtype) if with_bias else None
+    for name, inputs in ((op, (x, bias)), (f"{op}_backward", (grad, x, bias))):
+        kernel, right = ours.find(name, cpu, dtype), plain.find(name, cpu, dtype)
+        want = right(*map(widened, inputs), *more)
+        compare(kernel(*inputs, *more), right(*inputs, *more), want, name, dtype, more, shape)
+
+def exact_norm(total, weight, bias, layer):
+    centered = total - total.mean(-1, keepdim=True) if layer else total
+    out = centered * (centered.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    out = out if weight is None else out * weight
+    return out if bias is None else out + bias
+
+# A row longer than a block; rows that fill more than one slab of the weight's gradient.
+for dtype, op, shape, affine, added in product(
+    (torch.float32, torch.float16), ("layer_norm", "rms_norm"), ((2, 2500), (2, 3, 131), (0, 8), (140, 24)),
+    (True, False), (True, False),
+):
+    x, residual, grad, grad_sum = torch.randn(4, *shape).to(dtype)
+    x = x + 2  # a mean that is not small
+    residual, grad_sum = (residual, grad_sum) if added else (None, None)
+    layer = op == "layer_norm"
+    weight, bias = torch.randn(2, shape[-1]).to(dtype) if affine else (None, None)
+    case = op, dtype, shape, affine, added
+    forward = (x, residual, weight, *([bias] if layer else []), 1e-5)
+    got, theirs = (backend.find(op, cpu, dtype)(*forward) for backend in (ours, plain))
+    total = x + residual if added else x
+    assert torch.equal(got[1], theirs[1])
+    vectors = [widened(t) for t in (weight, bias if layer else None)]
+    leaves = [t.requires_grad_() for t in (total.double(), *vectors) if t is not None]
+    exact = exact_norm(leaves[0], *[*leaves[1:], None, None][:2], layer)
+    compare(got[0], theirs[0], exact.detach(), *case)
+    right = list(torch.autograd.grad(exact, leaves, grad.double()))
+    right[0] = right[0] + grad_sum.double() if added else right[0]
+    backward = (grad, grad_sum, total, weight, *theirs[2:])
+    results = [backend.find(f"{op}_backward", cpu, dtype)(*backward) for backend in (ours, plain)]
+    compare(*results, (*right, *[x.new_empty(0)] * 2)[: len(results[0])], "backward", *case)
 print("agreed")
 """
 
@@ -75,6 +112,7 @@ def test_only_tensors_on_its_devices_are_served():
     backend = TritonBackend()
     assert backend.find("bias_gelu", torch.device("cpu"), torch.float32) is None
     assert backend.find("bias_gelu", torch.device("cuda"), torch.int32) is None
+    assert backend.find("layer_norm_backward", torch.device("cpu"), torch.float32) is None
     assert backend.find("adamw", torch.device("cuda"), torch.float32) is None
 
 

@@ -28,7 +28,23 @@ class Kernels:
         threads: int,
         /,
     ) -> None: ...
-    def math(self, function: int, x: int, out: int, n: int, /) -> None: ...
+    def bias_swiglu(
+        self, x: int, bias: int, out: int, rows: int, columns: int, x_format: int, threads: int, /
+    ) -> None: ...
+    def bias_swiglu_backward(
+        self,
+        grad: int,
+        x: int,
+        bias: int,
+        grad_x: int,
+        grad_bias: int,
+        rows: int,
+        columns: int,
+        x_format: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def math(self, function: int, fine: bool, x: int, out: int, n: int, /) -> None: ...
     def norm(
         self,
         inputs: tuple[int, int, int, int],

@@ -1,8 +1,8 @@
 """Functional ops for models: differentiable, seen by ``torch.compile``, run by the backend that the registry picks."""
 
-from .activations import bias_gelu
+from .activations import bias_gelu, bias_swiglu
 from .linear import linear_gelu
 from .losses import linear_cross_entropy
 from .norms import layer_norm, rms_norm
 
-__all__ = ["bias_gelu", "layer_norm", "linear_cross_entropy", "linear_gelu", "rms_norm"]
+__all__ = ["bias_gelu", "bias_swiglu", "layer_norm", "linear_cross_entropy", "linear_gelu", "rms_norm"]

@@ -38,6 +38,33 @@ _bias_gelu_backward = declare(
 )
 
 
+def _save_bias_swiglu(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs)
+
+
+def _differentiate_bias_swiglu(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    x, bias = ctx.saved_tensors
+    grad_x, grad_bias = _bias_swiglu_backward(grad.contiguous(), x, bias)
+    return grad_x, None if bias is None else grad_bias
+
+
+def _fake_bias_swiglu_backward(grad: Tensor, x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x), x.new_empty(0) if bias is None else torch.empty_like(bias)
+
+
+_bias_swiglu = declare(
+    "bias_swiglu",
+    "(Tensor x, Tensor? bias) -> Tensor",
+    fake=lambda x, bias: x.new_empty(*x.shape[:-1], x.shape[-1] // 2),
+    derivative=Derivative(_save_bias_swiglu, _differentiate_bias_swiglu),
+)
+_bias_swiglu_backward = declare(
+    "bias_swiglu_backward",
+    "(Tensor grad, Tensor x, Tensor? bias) -> (Tensor, Tensor)",
+    fake=_fake_bias_swiglu_backward,
+)
+
+
 def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none") -> Tensor:
     """Return ``gelu(x + bias)`` in one pass over memory; the backward pass is one, too.
 
@@ -62,12 +89,49 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
     Reference:
         Dan Hendrycks and Kevin Gimpel, Gaussian Error Linear Units (GELUs), 2016.
     """
+    _check_bias(x, bias)
+    if approximate not in ("none", "tanh"):
+        raise ValueError(f"approximate must be 'none' or 'tanh'; got {approximate!r}")
+    result: Tensor = _bias_gelu(x.contiguous(), None if bias is None else bias.contiguous(), approximate)
+    return result
+
+
+def bias_swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Return ``silu(gate) * value`` in one pass over memory; the backward pass is one, too.
+
+    ``x + bias`` is the gate, then the value: the two halves of the last dimension. Only ``x`` and ``bias`` are kept. In
+    float32 12 bytes are moved for each element of the result forward and 20 backward, where bias, silu and product by
+    themselves move 36 and 60 and keep three tensors of its size.
+
+    Args:
+        x: ``[..., 2n]``, contiguous; float32, bfloat16 or float16.
+        bias: ``[2n]``, of the same data type; None: no bias.
+
+    Returns:
+        ``[..., n]``.
+
+    Raises:
+        ValueError: If shapes or data types do not fit.
+
+    Example:
+        >>> bias_swiglu(torch.tensor([[0.0, 1.0, 5.0, 5.0]]), torch.tensor([0.0, 0.0, 0.0, 1.0]))
+        tensor([[0.0000, 4.3864]])
+
+    Reference:
+        Noam Shazeer, GLU Variants Improve Transformer, 2020.
+    """
+    if x.dim() == 0 or x.shape[-1] % 2:
+        raise ValueError(
+            f"x must have gate and value, an even number of columns, in its last dimension; got shape {tuple(x.shape)}"
+        )
+    _check_bias(x, bias)
+    result: Tensor = _bias_swiglu(x.contiguous(), None if bias is None else bias.contiguous())
+    return result
+
+
+def _check_bias(x: Tensor, bias: Tensor | None) -> None:
     if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
         raise ValueError(
             f"bias must be one {x.dtype} value for each of the {x.shape[-1]} columns of x; got {bias.dtype} of shape "
             f"{tuple(bias.shape)}"
         )
-    if approximate not in ("none", "tanh"):
-        raise ValueError(f"approximate must be 'none' or 'tanh'; got {approximate!r}")
-    result: Tensor = _bias_gelu(x.contiguous(), None if bias is None else bias.contiguous(), approximate)
-    return result

@@ -6,7 +6,7 @@ from itertools import product
 
 import torch
 
-from .activations import bias_gelu_kernel
+from .activations import bias_gelu_kernel, bias_swiglu_kernel
 from .kernel import FORMATS, Kernel
 from .norms import norm_kernel, norm_weights_kernel
 from .optimizers import adamw_kernel
@@ -27,6 +27,7 @@ def all_kernels() -> list[Kernel]:
         *(tree_sum_kernel(piece, out) for piece, out in product(FORMATS, FORMATS)),
         *(chunk_sumsq_kernel(x) for x in FORMATS),
         *(bias_gelu_kernel(x, a, backward=b) for x, a, b in product(FORMATS, ("none", "tanh"), both)),
+        *(bias_swiglu_kernel(x, backward=b) for x, b in product(FORMATS, both)),
         *(
             norm_kernel(x, layer=layer, threads=t, backward=b)
             for x, layer, t, b in product(FORMATS, both, (64, 256), both)

@@ -11,7 +11,17 @@ from typing import Any
 
 import torch
 
-_FAMILIES: Mapping[str, str] = MappingProxyType({"bias_gelu": ".activations", "bias_gelu_backward": ".activations"})
+_FAMILIES: Mapping[str, str] = MappingProxyType(
+    {
+        op: module
+        for module, ops in {
+            ".activations": ("bias_gelu", "bias_swiglu"),
+            ".norms": ("layer_norm", "rms_norm"),
+        }.items()
+        for name in ops
+        for op in (name, f"{name}_backward")
+    }
+)
 """Module of each op."""
 _FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -1,16 +1,9 @@
-// gelu(x + bias) over rows, forward and backward, in one pass over memory.
-//
-// A block holds a tile of 128 columns and goes down its slab of rows, 8 at a time: the bias is read once, and the
-// bias's gradient is summed over the slab in registers, then over the 8 rows in shared memory; the few rows of slabs
-// are added up by the caller. All sums have a fixed order.
+// gelu(x + bias) over rows, forward and backward, in one pass over memory. Tiles as in column_tile.cuh.
 #pragma once
 
-#include "packet.cuh"
+#include "column_tile.cuh"
 
 namespace ds_kernels {
-
-constexpr int kTileThreads = 32;  // across: one packet each
-constexpr int kTileRows = 8;
 
 struct BiasGeluArgs {
     const void* grad;  // of the result; forward: null
@@ -44,10 +37,9 @@ struct Tanh {
 template <class Format, class Gelu, bool backward>
 __device__ inline void bias_gelu(const BiasGeluArgs& args) {
     using Storage = typename Format::Storage;
-    __shared__ float sums[kTileRows][kTileThreads * kPacket];
-    const unsigned across = threadIdx.x % kTileThreads, down = threadIdx.x / kTileThreads;
-    const Size column = (Size(blockIdx.x) * kTileThreads + across) * kPacket;
-    const int left = column < args.columns ? (args.columns - column < kPacket ? int(args.columns - column) : kPacket) : 0;
+    const TilePlace place(args.rows, args.columns, args.slab);
+    const Size column = place.column;
+    const int left = place.left;
     const auto* const grad = static_cast<const Storage*>(args.grad);
     const auto* const x = static_cast<const Storage*>(args.x);
     const auto* const bias = static_cast<const Storage*>(args.bias);
@@ -56,10 +48,8 @@ __device__ inline void bias_gelu(const BiasGeluArgs& args) {
                        packet_aligned<Format>(x) && packet_aligned<Format>(bias) && packet_aligned<Format>(out);
 
     const Packet b = bias == nullptr ? Packet{} : load<Format>(bias + column, whole, left);
-    const Size begin = blockIdx.y * args.slab;
-    const Size end = begin + args.slab < args.rows ? begin + args.slab : args.rows;
     Packet sum{};
-    for (Size row = begin + down; row < end; row += kTileRows) {
+    for (Size row = place.begin + place.down; row < place.end; row += kTileRows) {
         const Size at = row * args.columns + column;
         Packet u = load<Format>(x + at, whole, left);
         Packet g{};
@@ -77,25 +67,8 @@ __device__ inline void bias_gelu(const BiasGeluArgs& args) {
         store<Format>(out + at, u, whole, left);
     }
     if constexpr (backward) {
-        if (args.bias_grad == nullptr) {
-            return;
-        }
-#pragma unroll
-        for (int k = 0; k < kPacket; ++k) sums[down][across * kPacket + k] = sum.at[k];
-        __syncthreads();
-        for (int apart = kTileRows / 2; apart > 0; apart /= 2) {
-            if (int(down) < apart) {
-#pragma unroll
-                for (int k = 0; k < kPacket; ++k) {
-                    sums[down][across * kPacket + k] += sums[down + apart][across * kPacket + k];
-                }
-            }
-            __syncthreads();
-        }
-        if (down == 0) {
-            for (int k = 0; k < left; ++k) {
-                args.bias_grad[blockIdx.y * args.columns + column + k] = sums[0][across * kPacket + k];
-            }
+        if (args.bias_grad != nullptr) {
+            add_tile_rows(place, sum, args.bias_grad + blockIdx.y * args.columns + column);
         }
     }
 }
