@@ -26,7 +26,7 @@ MODULES = [
 
 @pytest.mark.parametrize("name", MODULES)
 def test_examples_run(name):
-    if name.endswith("triton.activations") and importlib.util.find_spec("triton") is None:
+    if name.endswith(("triton.activations", "triton.norms")) and importlib.util.find_spec("triton") is None:
         pytest.skip("Triton is not installed")
     module = importlib.import_module(name)
     options = doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
