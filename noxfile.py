@@ -17,7 +17,7 @@ import nox
 ROOT = Path(__file__).parent
 TORCH = ROOT / ".nox" / "torch"
 _MADE = re.compile(r"/(build|__pycache__|\.[^/]*|[^/]*\.egg-info)/|\.so$")  # what is no source
-WHEELS = ("ds-core", "ds-comm", "ds-kernels", "ds-zero")
+WHEELS = ("ds-core", "ds-comm", "ds-kernels", "ds-pipe", "ds-zero")
 GUARDS = ("lint", "types", "shape", "cycles", "surface")
 
 nox.options.default_venv_backend = "virtualenv"

@@ -64,6 +64,7 @@ def run(folder: Path, source: str, command: list[str]) -> None:
         ("README.md", 1, "", "assert engine.global_steps == 8"),
         ("packages/ds-core/README.md", 2, "", "assert weights.keys() == moments.keys() == {'weight', 'bias'}"),
         ("packages/ds-zero/README.md", 2, "", "assert norm > 0"),
+        ("packages/ds-pipe/README.md", 1, "", "assert str(schedule).count('B') == 4"),
         ("docs/optimizers.md", 1, "", OWN_OPTIMIZER),
         ("docs/scale.md", 1, "", "assert sent['all_gather'] == 14 * sent['reduce_scatter'] // 8"),
         ("docs/models.md", 2, "", "assert engine.global_steps == 1 and run.saved.now == 512"),

@@ -1,0 +1,93 @@
+"""Schedules by name, whole and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from .costs import Costs
+from .greedy import greedy
+from .lower import lower
+from .orders import ORDERS, loop
+from .schedule import Schedule
+from .validate import validate
+
+
+def make_schedule(
+    name: str, *, num_ranks: int, num_micro_batches: int, num_chunks: int | None = None, costs: Costs | None = None
+) -> Schedule:
+    """Return a fixed schedule; validated.
+
+    Args:
+        name: One of ``gpipe``, ``1f1b``, ``interleaved``, ``looped_bfs``, ``zb_h1``, ``zb_v``, ``forward_only``.
+        num_ranks: Ranks of the pipeline.
+        num_micro_batches: In one step.
+        num_chunks: Stages on each rank; None: as few as the schedule has.
+        costs: Order messages among computations; None: all stages take equally long.
+
+    Raises:
+        ValueError: No such schedule, or not with these numbers; says which there are.
+
+    Example:
+        >>> print(make_schedule("1f1b", num_ranks=2, num_micro_batches=2))
+        schedule 1f1b placement 0,1 micro_batches 2
+        0: UNSHARD0 F0.0 SEND:x1.0>1 F0.1 SEND:x1.1>1 RECV:g0.0<1 B0.0 RECV:g0.1<1 B0.1 RESHARD0 REDUCE0 OPT
+        1: RECV:x1.0<0 RECV:x1.1<0 UNSHARD1 F1.0 B1.0 SEND:g0.0>0 F1.1 B1.1 SEND:g0.1>0 RESHARD1 REDUCE1 OPT
+    """
+    if name not in ORDERS:
+        raise ValueError(f"there is no schedule {name!r}; there are {', '.join(ORDERS)}, and make_greedy_schedule")
+    if num_ranks < 1 or num_micro_batches < 1:
+        raise ValueError(f"at least one rank and one micro-batch; got {num_ranks} and {num_micro_batches}")
+    fixed = ORDERS[name]
+    fewest, most = fixed.chunks
+    chunks = fewest if num_chunks is None else num_chunks
+    if chunks < fewest or (most is not None and chunks > most):
+        limits = str(fewest) if most == fewest else f"{fewest} or more" if most is None else f"{fewest} ... {most}"
+        raise ValueError(f"{name} has {limits} stages on each rank; got num_chunks={chunks}")
+    placement = fixed.placement(num_ranks, chunks)
+    order = fixed.order(num_ranks, num_micro_batches, chunks)
+    made = lower(name, order, placement, num_micro_batches, costs or Costs.uniform(len(placement)))
+    validate(made)
+    return made
+
+
+def make_greedy_schedule(
+    costs: Costs,
+    *,
+    num_ranks: int,
+    num_micro_batches: int,
+    placement: Sequence[int] | None = None,
+    memory: Sequence[float] | None = None,
+) -> Schedule:
+    """Return a schedule made for measured costs; validated.
+
+    Args:
+        costs: Of each stage.
+        num_ranks: Ranks of the pipeline.
+        num_micro_batches: In one step.
+        placement: The rank of each stage; None: round and round.
+        memory: By rank, bytes that kept activations may take; None: ``num_ranks`` micro-batches of all stages of the
+            rank, as 1F1B keeps.
+
+    Raises:
+        ValueError: Numbers that do not fit together.
+
+    Example:
+        >>> schedule = make_greedy_schedule(Costs.uniform(2), num_ranks=2, num_micro_batches=2)
+        >>> [str(one) for one in schedule.rows[1] if one.op.value in "FIW"]
+        ['F1.0', 'I1.0', 'F1.1', 'I1.1', 'W1.0', 'W1.1']
+    """
+    if costs.num_stages % num_ranks and placement is None:
+        raise ValueError(f"{costs.num_stages} stages do not go round {num_ranks} ranks; say the placement")
+    places = loop(num_ranks, costs.num_stages // num_ranks) if placement is None else tuple(placement)
+    if len(places) != costs.num_stages or set(places) != set(range(num_ranks)):
+        raise ValueError(
+            f"placement needs a rank below {num_ranks} for each of {costs.num_stages} stages, and each rank a stage; "
+            f"got {places}"
+        )
+    room = memory or [
+        num_ranks * sum(costs.kept_bytes[stage] for stage, owner in enumerate(places) if owner == rank)
+        for rank in range(num_ranks)
+    ]
+    made = lower("greedy", greedy(num_micro_batches, places, costs, room), places, num_micro_batches, costs)
+    validate(made)
+    return made

@@ -1,0 +1,158 @@
+"""What one rank does at one moment of a pipeline: an immutable record that reads and writes named values.
+
+[Note: Values]
+A *value* is a tensor, or several that travel together, of one micro-batch at one stage, named by its kind:
+
+====== =====================================================================================================
+kind   what it is
+====== =====================================================================================================
+x      the input of the stage; written by F of the stage before. Stage 0 reads its own data.
+y      what F keeps for the backward pass
+g      the gradient of the stage's output; written by B or I of the stage after. The last stage has its loss.
+d      what I leaves for W
+====== =====================================================================================================
+
+Every instruction says which values it needs and which it makes, so that whoever checks, times or runs a schedule needs
+to know nothing else about it. A value is written once on each rank: by the instruction that computes it, or by RECV.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import Enum
+from typing import NamedTuple
+
+
+class Op(str, Enum):
+    """What an instruction does."""
+
+    F = "F"  # forward of one micro-batch through a stage
+    B = "B"  # whole backward: gradients of input and weights
+    I = "I"  # noqa: E741 - the literature's letter: gradient of the input only
+    W = "W"  # gradient of the weights only; later than I
+    SEND = "SEND"  # a value to another rank
+    RECV = "RECV"  # a value from another rank
+    UNSHARD = "UNSHARD"  # gather the stage's parameters
+    RESHARD = "RESHARD"  # free what was gathered
+    REDUCE = "REDUCE"  # sum the stage's gradients over the data-parallel ranks
+    OPT = "OPT"  # optimizer step of all stages of the rank
+
+
+COMPUTE = frozenset({Op.F, Op.B, Op.I, Op.W})
+"""Operations on one micro-batch at one stage."""
+
+BACKWARD = frozenset({Op.B, Op.I})
+"""Operations that make a gradient of the stage's input."""
+
+
+class Value(NamedTuple):
+    """See [Note: Values]."""
+
+    kind: str  # x, y, g or d
+    stage: int
+    micro_batch: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.stage}.{self.micro_batch}"
+
+
+class Instruction(NamedTuple):
+    """One step of one rank's program."""
+
+    op: Op
+    stage: int = -1  # -1: none (OPT)
+    micro_batch: int = -1  # -1: none (UNSHARD, RESHARD, REDUCE, OPT)
+    peer: int = -1  # rank at the other end (SEND, RECV)
+    reads: tuple[Value, ...] = ()
+    writes: tuple[Value, ...] = ()
+    frees: tuple[Value, ...] = ()  # of what it reads, what nobody needs any more
+
+    def __str__(self) -> str:
+        if self.op is Op.SEND:
+            return f"SEND:{self.reads[0]}>{self.peer}"
+        if self.op is Op.RECV:
+            return f"RECV:{self.writes[0]}<{self.peer}"
+        if self.op is Op.OPT:
+            return "OPT"
+        return f"{self.op.value}{self.stage}" + (f".{self.micro_batch}" if self.micro_batch >= 0 else "")
+
+
+def compute(op: Op, stage: int, micro_batch: int, *, num_stages: int, trains: bool = True) -> Instruction:
+    """Return an F, B, I or W.
+
+    Args:
+        op: Which.
+        stage: 0 ... ``num_stages - 1``.
+        micro_batch: From 0.
+        num_stages: Of the whole pipeline.
+        trains: Whether a backward pass follows, for which F keeps something.
+
+    Example:
+        >>> instruction = compute(Op.F, 1, 3, num_stages=4)
+        >>> [str(value) for value in instruction.reads], [str(value) for value in instruction.writes]
+        (['x1.3'], ['y1.3', 'x2.3'])
+    """
+    kept, left = Value("y", stage, micro_batch), Value("d", stage, micro_batch)
+    before = (Value("x", stage, micro_batch),) if stage else ()
+    after = (Value("g", stage, micro_batch),) if stage < num_stages - 1 else ()
+    if op is Op.F:
+        out = (Value("x", stage + 1, micro_batch),) if stage < num_stages - 1 else ()
+        keeps = (kept,) if trains else ()
+        return Instruction(op, stage, micro_batch, reads=before, writes=keeps + out, frees=before)
+    gradient = (Value("g", stage - 1, micro_batch),) if stage else ()
+    if op is Op.B:
+        return Instruction(op, stage, micro_batch, reads=(kept, *after), writes=gradient, frees=(kept, *after))
+    if op is Op.I:
+        return Instruction(op, stage, micro_batch, reads=(kept, *after), writes=(left, *gradient), frees=after)
+    return Instruction(op, stage, micro_batch, reads=(kept, left), frees=(kept, left))
+
+
+def send(value: Value, dst: int) -> Instruction:
+    """Return a SEND of ``value`` to rank ``dst``."""
+    return Instruction(Op.SEND, value.stage, value.micro_batch, dst, reads=(value,), frees=(value,))
+
+
+def receive(value: Value, src: int) -> Instruction:
+    """Return a RECV of ``value`` from rank ``src``."""
+    return Instruction(Op.RECV, value.stage, value.micro_batch, src, writes=(value,))
+
+
+def of_stage(op: Op, stage: int) -> Instruction:
+    """Return an UNSHARD, RESHARD or REDUCE."""
+    return Instruction(op, stage)
+
+
+OPT = Instruction(Op.OPT)
+"""The optimizer step."""
+
+_MESSAGE = re.compile(r"(SEND|RECV):([xg])(\d+)\.(\d+)([<>])(\d+)")
+_OTHER = re.compile(r"([A-Z]+?)(\d+)(?:\.(\d+))?")
+
+
+def parse(text: str, *, num_stages: int, trains: bool = True) -> Instruction:
+    """Return the instruction that prints as ``text``.
+
+    Raises:
+        ValueError: None does.
+
+    Example:
+        >>> str(parse("SEND:x2.0>1", num_stages=4))
+        'SEND:x2.0>1'
+    """
+    if text == "OPT":
+        return OPT
+    if match := _MESSAGE.fullmatch(text):
+        op, kind, stage, micro_batch, arrow, peer = match.groups()
+        if (op == "SEND") == (arrow == ">"):
+            value = Value(kind, int(stage), int(micro_batch))
+            return send(value, int(peer)) if op == "SEND" else receive(value, int(peer))
+    elif (match := _OTHER.fullmatch(text)) and match[1] in Op.__members__:
+        op_, stage_ = Op(match[1]), int(match[2])
+        if op_ in COMPUTE and match[3] is not None:
+            return compute(op_, stage_, int(match[3]), num_stages=num_stages, trains=trains)
+        if op_ in (Op.UNSHARD, Op.RESHARD, Op.REDUCE) and match[3] is None:
+            return of_stage(op_, stage_)
+    raise ValueError(
+        f"{text!r} is no instruction; there are F1.0, B1.0, I1.0 and W1.0 (stage.micro-batch), SEND:x1.0>2 and "
+        "RECV:g1.0<2 (value and rank), UNSHARD1, RESHARD1, REDUCE1 (stage) and OPT"
+    )
