@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backends import sends_tagged
 from .texts import shown
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def check_settings_agree(
     if device.type == "meta" or (group is None and given is None):
         return
     gather = _gather_of(group) if given is None else given.gather_rows
-    on = device if group is None or dist.get_backend(group) not in ("gloo", "mpi") else torch.device("cpu")
+    on = device if group is None or not sends_tagged(group) else torch.device("cpu")
     prints = [Fingerprint(name, number_of(text.encode())) for name, text in _settings(config, precision, arranged)]
     found = difference(prints, gather, on)
     if found is not None:

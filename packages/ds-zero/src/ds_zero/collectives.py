@@ -27,6 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .backends import sends_tagged
 from .host import ROWS, HostCollectives
 from .links import connect
 
@@ -149,7 +150,7 @@ class _Grouped(ABC):
 
 
 class PeerCollectives(_Grouped):
-    """Direct messages between each pair of ranks, for backends whose sends carry tags (gloo, MPI).
+    """Direct messages between each pair of ranks, for backends whose sends carry tags (gloo, MPI, ds_shm).
 
     No slice is copied within a rank, and calls with different keys may be issued in different orders on
     different ranks: messages are matched by tag.
@@ -264,7 +265,7 @@ def collectives_of(
         return LocalCollectives(kernels)
     rank, size = dist.get_rank(group), dist.get_world_size(group)
     members = next(part for part in parts or [range(size)] if rank in part)
-    if dist.get_backend(group) not in ("gloo", "mpi"):
+    if not sends_tagged(group):
         own = group if parts is None else _own_group(group, parts)
         if len(members) == 1:
             return LocalCollectives(kernels)

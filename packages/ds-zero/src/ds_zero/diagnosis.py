@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch.distributed as dist
 from torch import nn
 
+from .backends import sends_tagged
 from .board import Board
 from .checked import CheckedCollectives, Label
 from .config import ZeroConfig
@@ -18,8 +19,6 @@ if TYPE_CHECKING:
     from ds_core.protocols import Collectives
 
     from .units import Unit
-
-_BLOCKING = ("gloo", "mpi")  # backends whose waits block the thread, and whose messages carry keys
 
 
 class Diagnosis:
@@ -34,7 +33,7 @@ class Diagnosis:
         asked = config.fingerprint_timeout or config.watchdog_timeout
         self._board = Board(group) if asked and group is not None and dist.get_world_size(group) > 1 else None
         self._config = config
-        self._blocks = group is not None and dist.get_backend(group) in _BLOCKING
+        self._blocks = group is not None and sends_tagged(group)
         self._labels: dict[int, Label] = {}
         self._units: dict[int, str] = {}
         self._watch: Watch | None = None
