@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import re
 import shutil
 import subprocess
@@ -27,43 +28,56 @@ class Bound(NamedTuple):
 
 # By header. 40 registers leave room for 1,536 threads of a multiprocessor, 48 for 1,280, 64 for 1,024.
 BOUNDS = {
-    "adamw.cuh": Bound(48),
+    "step.cuh": Bound(56, shared=128),
     "tree_sum.cuh": Bound(64),
     "chunk_sumsq.cuh": Bound(40, shared=8 * 1024),
     "bias_gelu.cuh": Bound(64, shared=4 * 1024),
     "bias_swiglu.cuh": Bound(64, shared=4 * 1024),
     "norm.cuh": Bound(96, shared=8 * 1024),  # rows are kept in registers
+    "block_codec.cuh": Bound(64, shared=36 * 1024),
 }
+
+
+def covering(kernels, together):
+    """A few for all: of each function, any ``together`` of its template arguments occur as they do in all."""
+    kinds = {}
+    for kernel in kernels:
+        name, *arguments = re.sub(r"(\w)<(\w+)>", r"\1\2", kernel.function[:-1]).replace("<", ", ").split(", ")
+        kinds[kernel] = {(name, *kind) for kind in itertools.combinations(enumerate(arguments), together)}
+        kinds[kernel] |= {(name, *arguments)} if len(arguments) < together else set()
+    chosen, left = [], set().union(*kinds.values())
+    while left:
+        chosen.append(max(kernels, key=lambda kernel: len(kinds[kernel] & left)))
+        left -= kinds[chosen[-1]]
+    return chosen
 
 
 def test_every_family_has_bounds():
     assert {kernel.header for kernel in all_kernels()} == set(BOUNDS)
 
 
-def test_nvcc_compiles_all_kernels_within_their_bounds(tmp_path):
+@pytest.mark.parametrize(("arch", "together"), [("sm_80", 1), ("sm_90", 2), ("sm_100", 1)])
+def test_nvcc_compiles_kernels_within_their_bounds(tmp_path, arch, together):
     nvcc = shutil.which("nvcc")
     if nvcc is None:
         pytest.skip("there is no nvcc to compile the GPU kernels with")
-    kernels = all_kernels()
-    headers = sorted({kernel.header for kernel in kernels})
+    kernels = covering(all_kernels(), together)
+    includes = [f'#include "{header}"' for header in sorted({kernel.header for kernel in kernels})]
     entries = [kernel.source.splitlines()[-1] for kernel in kernels]
     source = tmp_path / "kernels.cu"
-    includes = [f'#include "{header}"' for header in headers]
     source.write_text("\n".join([*includes, kernels[0].source.splitlines()[-2], *entries, ""]))
-    targets = [f"-gencode=arch=compute_{arch[3:]},code={arch}" for arch in ARCHES]
-    command = [nvcc, "-std=c++17", "-fmad=false", "--fatbin", "--threads=0", "-Xptxas=-v", "-Werror=all-warnings"]
-    command += [*targets, f"-I{HEADERS}", str(source), "-o", str(tmp_path / "kernels.fatbin")]
+    command = [nvcc, "-std=c++17", "-fmad=false", "--cubin", "-Xptxas=-v", "-Werror=all-warnings", f"-arch={arch}"]
+    command += [f"-I{HEADERS}", str(source), "-o", str(tmp_path / "kernels.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert done.returncode == 0, done.stderr
     used = _usage(done.stderr)
-    assert set(used) == {(kernel.name, arch) for kernel in kernels for arch in ARCHES}
+    assert set(used) == {(kernel.name, arch) for kernel in kernels}
     over = []
     for kernel in kernels:
         bound = BOUNDS[kernel.header]
-        for arch in ARCHES:
-            registers, spilled, shared = used[kernel.name, arch]
-            if registers > bound.registers or spilled or shared > bound.shared:
-                over.append(f"{kernel.name} for {arch}: {registers} registers, {spilled} B spilled, {shared} B shared")
+        registers, spilled, shared = used[kernel.name, arch]
+        if registers > bound.registers or spilled or shared > bound.shared:
+            over.append(f"{kernel.name} for {arch}: {registers} registers, {spilled} B spilled, {shared} B shared")
     assert not over, "\n".join(over)
 
 

@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 from ds_kernels import AdamHyper, ReferenceBackend
-from ds_kernels.backends.nvrtc import activations, optimizers
+from ds_kernels.backends.nvrtc import activations
+from ds_kernels.backends.nvrtc.optimizers import AdamArgs
+from ds_kernels.backends.nvrtc.steps import step_kernel
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -99,10 +101,11 @@ def test_what_does_not_lie_on_the_device_is_named(on_host, hyper):
 
 def test_every_op_has_a_name_that_c_accepts():
     kernels = [
-        optimizers.adamw_kernel(torch.float16, None, decoupled=True),
+        step_kernel("AdamW", AdamArgs, ("Float32", "Float16", "None", "Float32", "Float32")),
         activations.bias_gelu_kernel(FLOATS[0], "tanh", backward=True),
     ]
-    assert [kernel.name for kernel in kernels] == ["adamw_Float16_Float32_true", "bias_gelu_Float32_Tanh_true"]
+    names = ["step_AdamW_Float32_Float16_None_Float32_Float32", "bias_gelu_Float32_Tanh_true"]
+    assert [kernel.name for kernel in kernels] == names
 
 
 def _list(result):

@@ -4,15 +4,18 @@
 // DS_KERNELS_DEVICE_HEADER; see cuda/kernel.cuh of ds-kernels.
 #pragma once
 
+// C headers only: each kernel is compiled by itself, and those of C++ would take most of the time.
+#include <stddef.h>
+#include <string.h>
 #include <ucontext.h>
 
-#include <cmath>
-#include <cstddef>
-#include <cstdint>
-#include <cstring>
-#include <functional>
-#include <memory>
-#include <vector>
+extern "C" {
+float erff(float) noexcept;
+float expf(float) noexcept;
+float fmaf(float, float, float) noexcept;
+float sqrtf(float) noexcept;
+float tanhf(float) noexcept;
+}
 
 #define __device__
 #define __shared__ static  // one block at a time
@@ -25,17 +28,20 @@ struct Index {
 };
 
 struct Fiber {
-    static constexpr std::size_t kStack = 64 * 1024;
+    static constexpr size_t kStack = 64 * 1024;
     ucontext_t context;
-    std::unique_ptr<char[]> stack{new char[kStack]};
+    char* stack = new char[kStack];
     bool done = false;
+    ~Fiber() { delete[] stack; }
 };
 
 struct Block {
     ucontext_t scheduler;
-    std::vector<Fiber> fibers;
+    Fiber* fibers;
+    unsigned threads;
     unsigned running = 0;
-    std::function<void()> body;
+    void (*body)(const void*);
+    const void* args;
 };
 
 inline Block* block = nullptr;
@@ -44,24 +50,27 @@ inline Index thread_index, block_index, block_size, grid_size;
 inline void wait() { swapcontext(&block->fibers[block->running].context, &block->scheduler); }
 
 inline void run_fiber() {
-    block->body();
+    block->body(block->args);
     block->fibers[block->running].done = true;
     wait();
 }
 
+inline unsigned threads_of(unsigned threads, unsigned = 0) { return threads; }
+
 // All threads up to where they wait, again and again, until all are done.
-inline void run_block(unsigned threads) {
-    for (Fiber& fiber : block->fibers) {
+inline void run_block() {
+    for (unsigned i = 0; i < block->threads; ++i) {
+        Fiber& fiber = block->fibers[i];
         fiber.done = false;
         getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.get();
+        fiber.context.uc_stack.ss_sp = fiber.stack;
         fiber.context.uc_stack.ss_size = Fiber::kStack;
         fiber.context.uc_link = nullptr;
         makecontext(&fiber.context, run_fiber, 0);
     }
     for (bool alive = true; alive;) {
         alive = false;
-        for (unsigned i = 0; i < threads; ++i) {
+        for (unsigned i = 0; i < block->threads; ++i) {
             if (!block->fibers[i].done) {
                 block->running = thread_index.x = i;
                 swapcontext(&block->scheduler, &block->fibers[i].context);
@@ -71,19 +80,22 @@ inline void run_block(unsigned threads) {
     }
 }
 
-inline void run(unsigned threads, unsigned blocks_x, unsigned blocks_y, std::function<void()> body) {
-    Block own;
-    own.fibers = std::vector<Fiber>(threads);
-    own.body = std::move(body);
+inline void run(unsigned threads, unsigned blocks_x, unsigned blocks_y, void (*body)(const void*), const void* args) {
+    Block own{};
+    own.fibers = new Fiber[threads];
+    own.threads = threads;
+    own.body = body;
+    own.args = args;
     block = &own;
     block_size = {threads, 1, 1};
     grid_size = {blocks_x, blocks_y, 1};
     for (unsigned y = 0; y < blocks_y; ++y) {
         for (unsigned x = 0; x < blocks_x; ++x) {
             block_index = {x, y, 0};
-            run_block(threads);
+            run_block();
         }
     }
+    delete[] own.fibers;
     block = nullptr;
 }
 
@@ -95,6 +107,7 @@ inline void run(unsigned threads, unsigned blocks_x, unsigned blocks_y, std::fun
 #define gridDim on_host::grid_size
 
 inline void __syncthreads() { on_host::wait(); }
+inline void __syncwarp() { on_host::wait(); }  // every thread of the block must get here
 
 // Every thread of the block must get here, as often as every other: true of whole warps that do the same.
 template <class T>
@@ -110,19 +123,20 @@ T __shfl_xor_sync(unsigned, T value, int mask) {
 
 inline float __uint_as_float(unsigned bits) {
     float value;
-    std::memcpy(&value, &bits, sizeof value);
+    memcpy(&value, &bits, sizeof value);
     return value;
 }
 
 inline unsigned __float_as_uint(float value) {
     unsigned bits;
-    std::memcpy(&bits, &value, sizeof bits);
+    memcpy(&bits, &value, sizeof bits);
     return bits;
 }
 
-inline float rsqrtf(float value) { return 1.0f / std::sqrt(value); }
+inline float rsqrtf(float value) { return 1.0f / sqrtf(value); }
 
-#define DS_KERNELS_ENTRY(name, threads, Args, ...)                                             \
-    extern "C" void name(const Args* args, unsigned blocks_x, unsigned blocks_y) {             \
-        on_host::run(threads, blocks_x, blocks_y, [args] { __VA_ARGS__(*args); });             \
+#define DS_KERNELS_ENTRY(name, bounds, Args, ...)                                                               \
+    extern "C" void name(const Args* args, unsigned blocks_x, unsigned blocks_y) {                              \
+        on_host::run(on_host::threads_of bounds, blocks_x, blocks_y,                                            \
+                     [](const void* given) { __VA_ARGS__(*static_cast<const Args*>(given)); }, args);           \
     }

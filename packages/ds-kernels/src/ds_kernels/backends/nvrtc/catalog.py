@@ -6,11 +6,14 @@ from itertools import product
 
 import torch
 
+from ..payload import DIGITS, Layout
 from .activations import bias_gelu_kernel, bias_swiglu_kernel
+from .codecs import ROOMS, decode_kernel, encode_kernel
 from .kernel import FORMATS, Kernel
 from .norms import norm_kernel, norm_weights_kernel
-from .optimizers import adamw_kernel
+from .optimizers import FORMULAS
 from .reductions import chunk_sumsq_kernel, tree_sum_kernel
+from .steps import step_kernel
 
 
 def all_kernels() -> list[Kernel]:
@@ -21,9 +24,10 @@ def all_kernels() -> list[Kernel]:
         True
     """
     both = (False, True)
-    copies = (None, torch.bfloat16, torch.float16)
+    scales = (torch.float32, torch.float16)
+    layouts = [Layout(code, room, scale) for code, room, scale in product(DIGITS, ROOMS, scales)]
     return [
-        *(adamw_kernel(g, c, decoupled=d) for g, c, d in product(FORMATS, copies, both)),
+        *_steps(),
         *(tree_sum_kernel(piece, out) for piece, out in product(FORMATS, FORMATS)),
         *(chunk_sumsq_kernel(x) for x in FORMATS),
         *(bias_gelu_kernel(x, a, backward=b) for x, a, b in product(FORMATS, ("none", "tanh"), both)),
@@ -33,4 +37,21 @@ def all_kernels() -> list[Kernel]:
             for x, layer, t, b in product(FORMATS, both, (64, 256), both)
         ),
         *(norm_weights_kernel(x, layer=layer) for x, layer in product(FORMATS, both)),
+        *(encode_kernel(x, layout) for x, layout in product(FORMATS, layouts)),
+        *(decode_kernel(out, layout, accumulate=False) for out, layout in product(FORMATS, layouts)),
+        *(decode_kernel(torch.float32, layout, accumulate=True) for layout in layouts),
     ]
+
+
+def _steps() -> list[Kernel]:
+    """List the steps on tensors as the optimizers keep them: states all of one kind."""
+    kernels = []
+    for formula, (args, codes) in FORMULAS.items():
+        grads = ("None",) if formula == "LambStep" else tuple(FORMATS.values())
+        copies = ("None",) if formula == "LambMoments" else ("None", "BFloat16", "Float16")
+        kinds = {tuple(names) for names in (["Float32"] * len(codes), ["BFloat16"] * len(codes), codes)}
+        kernels += [
+            step_kernel(formula, args, (param, grad, copy, *(*kind, "None", "None")[:2]))
+            for param, grad, copy, kind in product(("Float32", "Split"), grads, copies, sorted(kinds))
+        ]
+    return kernels

@@ -43,6 +43,8 @@ class Kernel(NamedTuple):
     """Bytes of shared memory that the launch sets aside, besides what the source declares."""
     libraries: tuple[str, ...] = ()
     """Of whose headers it is made, as cuda.pathfinder names them."""
+    blocks: int | None = None
+    """That a multiprocessor must have room for. None: the compiler weighs, and may spill to make room for one more."""
 
     @property
     def name(self) -> str:
@@ -52,7 +54,8 @@ class Kernel(NamedTuple):
     @property
     def source(self) -> str:
         """The translation unit."""
-        entry = f"DS_KERNELS_ENTRY({self.name}, {self.threads}, {self.struct}, {self.function})"
+        bounds = f"({self.threads})" if self.blocks is None else f"({self.threads}, {self.blocks})"
+        entry = f"DS_KERNELS_ENTRY({self.name}, {bounds}, {self.struct}, {self.function})"
         return f'#include "{self.header}"\nusing namespace ds_kernels;\n{entry}\n'
 
 

@@ -6,6 +6,11 @@
 
 namespace ds_kernels {
 
+// Compared as integers, NaN is the largest magnitude.
+__device__ inline unsigned magnitude_bits(float x) { return __float_as_uint(x) & 0x7fffffffu; }
+__device__ inline float magnitude(float x) { return __uint_as_float(magnitude_bits(x)); }
+__device__ inline unsigned larger(unsigned a, unsigned b) { return a > b ? a : b; }
+
 struct Float32 {
     using Storage = float;
     __device__ static float widen(float stored) { return stored; }

@@ -7,9 +7,10 @@
 #if defined(DS_KERNELS_DEVICE_HEADER)
 #include DS_KERNELS_DEVICE_HEADER
 #else
-#define DS_KERNELS_ENTRY(name, threads, Args, ...)                                                   \
-    extern "C" __global__ void __launch_bounds__(threads) name(const __grid_constant__ Args args) {  \
-        __VA_ARGS__(args);                                                                           \
+// `bounds`: (threads of a block), or (threads, blocks that a multiprocessor must have room for).
+#define DS_KERNELS_ENTRY(name, bounds, Args, ...)                                                  \
+    extern "C" __global__ void __launch_bounds__ bounds name(const __grid_constant__ Args args) {  \
+        __VA_ARGS__(args);                                                                         \
     }
 #endif
 
