@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ..nvrtc.launcher import Launcher, cuda_launcher
+from .hopper import Hopper, built_hopper
 from .linear import ELEMENTS, linear_gelu
 
 
@@ -28,6 +29,8 @@ class CutlassBackend:
 
     launcher: Launcher = field(default_factory=cuda_launcher)
     """Where kernels run."""
+    hopper: Hopper | None = field(default_factory=built_hopper)
+    """The kernels for compute capability 9.0, where they were built."""
 
     @property
     def name(self) -> str:
@@ -46,4 +49,4 @@ class CutlassBackend:
         """Return the kernel of ``op`` for tensors in a GPU's memory; None where there is none."""
         if op != "linear_gelu" or device.type != self.launcher.device_type or dtype not in ELEMENTS:
             return None
-        return functools.partial(linear_gelu, self.launcher)
+        return functools.partial(linear_gelu, self.launcher, self.hopper)

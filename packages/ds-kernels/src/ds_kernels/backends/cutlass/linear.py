@@ -13,6 +13,7 @@ from ..checks import check_device
 from ..nvrtc.kernel import Kernel
 from ..nvrtc.launcher import Launcher
 from ..plain import linear as plain
+from .hopper import Hopper
 
 ELEMENTS: Mapping[torch.dtype, str] = MappingProxyType(
     {torch.bfloat16: "cutlass::bfloat16_t", torch.float16: "cutlass::half_t"}
@@ -39,11 +40,14 @@ def linear_gelu_kernel(dtype: torch.dtype) -> Kernel:
     return Kernel("linear_gelu.cuh", "LinearGeluArgs", function, 128, _SHARED, ("cutlass", "cudart", "cccl"))
 
 
-def linear_gelu(launch: Launcher, x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+def linear_gelu(
+    launch: Launcher, hopper: Hopper | None, x: Tensor, weight: Tensor, bias: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return ``gelu(x @ weight.T + bias)`` and what is inside; see :func:`ds_kernels.ops.linear_gelu`.
 
-    Rows of 16-byte units are needed: where the weight has a number of rows or columns that is no multiple of 8, or a
-    tensor starts off a 16-byte boundary, this is the plain computation.
+    On Hopper by the kernel for it, where that was built, else by the one that serves all GPUs. Rows of 16-byte units
+    are needed: where the weight has a number of rows or columns that is no multiple of 8, or a tensor starts off a
+    16-byte boundary, this is the plain computation.
     """
     check_device("cutlass", launch.device_type, "x", x)
     columns, inner = weight.shape
@@ -53,6 +57,9 @@ def linear_gelu(launch: Launcher, x: Tensor, weight: Tensor, bias: Tensor) -> tu
     if not (rows and columns and aligned) or columns % _ALIGN or inner % _ALIGN or rows * max(columns, inner) >= 2**31:
         return plain.linear_gelu(x, weight, bias)
     out, inside = (x.new_empty(*x.shape[:-1], columns) for _ in range(2))
+    if hopper is not None and hopper.serves(x.device):
+        hopper.linear_gelu(hopper.place(x.device), (x, weight, bias, out, inside))
+        return out, inside
     pointers = (tensor.data_ptr() for tensor in (x, weight, bias, out, inside))
     args = _LinearGeluArgs(*pointers, rows, columns, inner)
     launch(linear_gelu_kernel(x.dtype), x.device, swizzled(-(-rows // _TILE), -(-columns // _TILE)), args)

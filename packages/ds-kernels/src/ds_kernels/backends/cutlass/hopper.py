@@ -1,0 +1,87 @@
+"""The product for Hopper: a module of its own, built by nvcc where that was asked for; see the README."""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_CAPABILITY = (9, 0)  # sm_90a: its tensor cores' instructions exist on no other
+
+
+class Module(Protocol):
+    """``_hopper``."""
+
+    def workspace_bytes(self, dtype: str, sizes: tuple[int, int, int], multiprocessors: int) -> int:
+        """Return the bytes of memory that a launch needs besides its tensors."""
+
+    def linear_gelu(  # noqa: PLR0917 - all positional in C++
+        self,
+        dtype: str,
+        pointers: tuple[int, int, int, int, int],
+        sizes: tuple[int, int, int],
+        multiprocessors: int,
+        workspace: int,
+        stream: int,
+    ) -> None:
+        """Enqueue the kernel."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a launch goes."""
+
+    multiprocessors: int
+    stream: int
+
+
+@dataclass(frozen=True, slots=True)
+class Hopper:
+    """Products on GPUs of compute capability 9.0: TMA, warp-specialised, the GELU in the epilogue.
+
+    Args:
+        module: The kernels.
+    """
+
+    module: Module
+
+    def serves(self, device: torch.device) -> bool:
+        """Whether the kernels run on ``device``."""
+        return device.type == "cuda" and torch.cuda.get_device_capability(device) == _CAPABILITY
+
+    def place(self, device: torch.device) -> Place:
+        """Return the size of ``device`` and torch's current stream there."""
+        properties = torch.cuda.get_device_properties(device)
+        return Place(properties.multi_processor_count, torch.cuda.current_stream(device).cuda_stream)
+
+    def linear_gelu(self, place: Place, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Fill the last two of x, weight, bias, out and what is inside the GELU.
+
+        All must be contiguous, start on 16-byte boundaries, and have rows of whole 16-byte units.
+
+        Raises:
+            RuntimeError: If CUTLASS or CUDA refuses.
+        """
+        x, weight, bias, out, inside = tensors
+        columns, inner = weight.shape
+        dtype = str(x.dtype).removeprefix("torch.")
+        sizes = x.numel() // inner, columns, inner
+        size = self.module.workspace_bytes(dtype, sizes, place.multiprocessors)
+        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
+        pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), inside.data_ptr()
+        self.module.linear_gelu(
+            dtype, pointers, sizes, place.multiprocessors, workspace.data_ptr() if size else 0, place.stream
+        )
+
+
+@functools.cache
+def built_hopper() -> Hopper | None:
+    """Return the kernels if they were built."""
+    try:
+        from ... import _hopper
+    except ImportError:
+        return None
+    return Hopper(_hopper)
