@@ -224,9 +224,31 @@ def norms_of(backend: str, device: torch.device) -> None:
             assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 4 * float(c.abs().max()), (op, dtype, errors)
 
 
+def product_of_cutlass(device: torch.device, *, hopper: bool) -> Callable[..., Any]:
+    """Return linear_gelu from CUTLASS: the kernel for Hopper, or that for all GPUs."""
+    backend = gpu_backend("cutlass", device)
+    if hopper and (backend.hopper is None or not backend.hopper.serves(device)):
+        missing = "was not built: DS_KERNELS_BUILD_HOPPER=1" if backend.hopper is None else "needs a Hopper GPU"
+        raise NotRun(f"the module _hopper {missing}")
+    found: Callable[..., Any] | None = replace(backend, hopper=backend.hopper if hopper else None).find(
+        "linear_gelu", device, torch.bfloat16
+    )
+    assert found is not None
+    return found
+
+
 def products_of_cutlass_are_as_exact_as_torch(device: torch.device) -> None:
     """Errors of linear_gelu and of what is inside the GELU, against float64; tiles that are whole and that are not."""
-    linear_gelu = kernel("cutlass", "linear_gelu", device, torch.bfloat16)
+    check_products(product_of_cutlass(device, hopper=False), device)
+
+
+def products_for_hopper_are_as_exact_as_torch(device: torch.device) -> None:
+    """The same of the module for Hopper, where it was built."""
+    check_products(product_of_cutlass(device, hopper=True), device)
+
+
+def check_products(linear_gelu: Callable[..., Any], device: torch.device) -> None:
+    """Compare with float64 and with torch."""
     for dtype, (rows, columns, inner) in product(FLOATS[1:], ((1, 8, 8), (129, 264, 72), (1000, 1024, 512))):
         x, weight = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, columns))
         bias = torch.randn(columns, device=device).to(dtype)
@@ -319,6 +341,7 @@ CHECKS: list[Callable[[torch.device], None]] = [
     norms_of_nvrtc_are_as_exact_as_torch,
     norms_of_triton_are_as_exact_as_torch,
     products_of_cutlass_are_as_exact_as_torch,
+    products_for_hopper_are_as_exact_as_torch,
     ops_are_taken_from_nvrtc_also_in_compiled_models,
     kernels_follow_streams_threads_and_graphs,
 ]

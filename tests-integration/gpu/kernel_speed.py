@@ -5,6 +5,7 @@ Contenders take turns; each figure is a median of device time. Bytes are counted
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import statistics
@@ -14,11 +15,14 @@ import tempfile
 from collections.abc import Callable
 
 import torch
-from kernel_checks import kernel, need_gpu
-from outcome import Figures
+from kernel_checks import kernel, need_gpu, product_of_cutlass
+from outcome import Figures, NotRun
 from torch.nn import functional
 
 from ds_kernels import AdamHyper
+from ds_kernels.backends.checks import Beside
+from ds_kernels.backends.payload import DIGITS, Layout
+from ds_kernels.hyper import AdagradHyper, LambHyper, LionHyper, SgdHyper
 
 ROUNDS = 15
 NUMEL = 1 << 28  # 1 GiB in float32: far beyond any cache
@@ -110,6 +114,55 @@ def adamw_beside_copy_and_torch(device: torch.device) -> Figures:
     return figures
 
 
+def other_steps_beside_copy(device: torch.device) -> Figures:
+    """Steps of Lion, Adagrad, SGD and LAMB in float32, and of AdamW in 14.3 bytes an element."""
+    need_gpu(device)
+    find = {op: kernel("nvrtc", op, device) for op in ("lion", "adagrad", "sgd", "lamb_moments", "lamb_step")}
+    numel = NUMEL // 2
+    param, grad, first, second = (torch.randn(numel, device=device) for _ in range(4))
+    second.abs_()
+    lamb = LambHyper(step=5, lr=1e-3, weight_decay=0.1)
+    high, low = param.bfloat16(), torch.zeros(numel, dtype=torch.int16, device=device)
+    half, codes = grad.bfloat16(), [torch.zeros(numel, dtype=d, device=device) for d in (torch.int8, torch.uint8)]
+    names = "exp_avg", "exp_avg_sq"
+    scales = {name: torch.ones(numel // 32, dtype=torch.bfloat16, device=device) for name in names}
+    coded, adam = kernel("nvrtc", "coded_adamw", device), AdamHyper(step=5, lr=1e-3, weight_decay=0.1)
+    beside, states = Beside(low, scales), (first, second)
+    contenders = {
+        "copy of memory": lambda: first.copy_(second),
+        "Lion": lambda: find["lion"](param, grad, first, hyper=LionHyper(lr=1e-3)),
+        "Adagrad": lambda: find["adagrad"](param, grad, second, hyper=AdagradHyper(step=5, lr=1e-3)),
+        "SGD": lambda: find["sgd"](param, grad, hyper=SgdHyper(lr=1e-3)),
+        "SGD, momentum": lambda: find["sgd"](param, grad, first, hyper=SgdHyper(lr=1e-3, momentum=0.9)),
+        "LAMB, moments": lambda: find["lamb_moments"](param, grad, *states, hyper=lamb),
+        "LAMB, step": lambda: find["lamb_step"](param, *states, ratio=0.5, hyper=lamb),
+        "AdamW, split, int8": lambda: coded(high, half, *codes, hyper=adam, beside=beside),
+    }
+    widths = (8, 20, 20, 12, 20, 24, 16, 14.25)
+    return table(medians(contenders), {name: float(w * numel) for name, w in zip(contenders, widths)}, "GB/s")
+
+
+def payloads_beside_copy(device: torch.device) -> Figures:
+    """Each code in blocks of 256: encode with error feedback, decode, accumulate."""
+    need_gpu(device)
+    encode, decode, accumulate = (kernel("nvrtc", f"block_{op}", device) for op in ("encode", "decode", "accumulate"))
+    x, error, out = (torch.randn(NUMEL // 2, device=device) for _ in range(3))
+    contenders: dict[str, Callable[[], object]] = {"copy of memory": lambda: out.copy_(x)}
+    moved = {"copy of memory": 8.0 * x.numel()}
+    for code in DIGITS:
+        layout = Layout(code, 256, torch.float32)
+        size = layout.payload_bytes(x.numel())
+        payload = torch.empty(size, dtype=torch.uint8, device=device)
+        for name, bytes_each, run in (
+            ("encode", 12, lambda p, of: encode(x, error, p, of)),
+            ("decode", 4, lambda p, of: decode(out, p, of)),
+            ("accumulate", 8, lambda p, of: accumulate(out, p, of, 0.5)),
+        ):
+            contenders[f"{code}, {name}"] = functools.partial(run, payload, layout)
+            moved[f"{code}, {name}"] = float(bytes_each * x.numel() + size)
+    return table(medians(contenders), moved, "GB/s")
+
+
 def sums_beside_copy_and_torch(device: torch.device) -> Figures:
     """Sums of squares in chunks of 4,096, and the sum of eight arrays."""
     need_gpu(device)
@@ -166,7 +219,11 @@ def bias_gelu_beside_torch(device: torch.device) -> Figures:
 def linear_gelu_beside_torch(device: torch.device) -> Figures:
     """[8192, 4096] x [16384, 4096] in bfloat16 with bias and GELU, beside cuBLAS and eager torch, and torch.compile."""
     need_gpu(device)
-    linear_gelu = kernel("cutlass", "linear_gelu", device, torch.bfloat16)
+    linear_gelu = product_of_cutlass(device, hopper=False)
+    try:
+        hopper = product_of_cutlass(device, hopper=True)
+    except NotRun:
+        hopper = None
     rows, columns, inner = 8192, 16384, 4096
     x, weight = (torch.randn(n, inner, device=device, dtype=torch.bfloat16) for n in (rows, columns))
     bias = torch.randn(columns, device=device, dtype=torch.bfloat16)
@@ -176,6 +233,7 @@ def linear_gelu_beside_torch(device: torch.device) -> Figures:
 
     contenders = {
         "ours, keeps what is inside": lambda: linear_gelu(x, weight, bias),
+        **({} if hopper is None else {"the same for Hopper": lambda: hopper(x, weight, bias)}),
         "cuBLAS and eager": plain,
         "torch.compile": torch.compile(plain),
         "the product alone": lambda: x @ weight.t(),
@@ -188,6 +246,8 @@ def linear_gelu_beside_torch(device: torch.device) -> Figures:
 CHECKS: list[Callable[[torch.device], Figures]] = [
     first_use_cold_and_cached,
     adamw_beside_copy_and_torch,
+    other_steps_beside_copy,
+    payloads_beside_copy,
     sums_beside_copy_and_torch,
     bias_gelu_beside_torch,
     linear_gelu_beside_torch,

@@ -31,6 +31,7 @@ from ds_zero.optim import Lamb, Lars, Muon
 import kernel_checks
 import kernel_speed
 from outcome import NotRun
+import step_checks
 
 STEPS, MICRO_BATCHES = 8, 4
 
@@ -236,6 +237,7 @@ CHECKS: list[Callable[[torch.device], Any]] = [
     recomputed_blocks_change_no_bit,
     compiled_blocks_agree,
     *kernel_checks.CHECKS,
+    *step_checks.CHECKS,
     *kernel_speed.CHECKS,
 ]
 
