@@ -67,6 +67,7 @@ def run(folder: Path, source: str, command: list[str]) -> None:
         ("packages/ds-pipe/README.md", 1, "", "assert str(schedule).count('B') == 4"),
         ("docs/optimizers.md", 1, "", OWN_OPTIMIZER),
         ("docs/scale.md", 1, "", "assert sent['all_gather'] == 14 * sent['reduce_scatter'] // 8"),
+        ("docs/slow-links.md", 1, "", "assert loss < 0.5 and sent == 0 and state['param_groups'][0]['step'] == 80"),
         ("docs/models.md", 2, "", "assert engine.global_steps == 1 and run.saved.now == 512"),
         ("docs/large-models.md", 4, "", "assert access.full_param('3.weight')[0].abs().max() == 0"),
         ("docs/checkpoints.md", 2, TRAINED, "assert client_state == {'epoch': 3} and problems == []"),
@@ -85,6 +86,12 @@ def test_the_first_program_runs_on_two_processes(tmp_path: Path) -> None:
     run(tmp_path, source, [*DS_RUN, "--nproc", "2"])
     written = {path.name[:11] for path in (tmp_path / "checkpoints" / "global_step8").glob("*.safetensors")}
     assert written == {"shard-00000", "shard-00001"}
+
+
+def test_the_program_for_slow_links_runs_on_two_processes(tmp_path: Path) -> None:
+    (source,) = programs("docs/slow-links.md")
+    checks = "assert loss < 0.5 and sent > 0\ndist.destroy_process_group()\n"
+    run(tmp_path, source + checks, [*DS_RUN, "--nproc", "2"])
 
 
 def test_the_example_trains_resumes_and_holds_its_limit(tmp_path: Path) -> None:
