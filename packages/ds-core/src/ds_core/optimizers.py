@@ -27,10 +27,10 @@ REFUSED: Mapping[str, str] = {
 }
 """Classes of ``torch.optim`` that cannot be used, each with the reason."""
 
-PLUGIN_NAMES = (
-    *("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD"),
-    *("OneBitAdam", "OneBitLamb", "ZeroOneAdam"),
-)
+OWN_MESSAGES = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")
+"""Optimizers that exchange messages themselves, in place of the engine's: ds-comm has them, for a plain loop."""
+
+PLUGIN_NAMES = ("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD", *OWN_MESSAGES)
 """Names that DeepSpeed's files write in any case, beside torch's own, and that a plugin can offer."""
 
 # Settings of DeepSpeed's Adam that torch's lacks, each with the values under which the two agree.
@@ -114,6 +114,11 @@ def torch_optimizer(name: str, params: Mapping[str, Json], plugins: Iterable[str
     if name not in kinds:
         known = name in PLUGIN_NAMES
         what = "is known, but not provided here: it is neither" if known else "is neither"
+        if name in OWN_MESSAGES:
+            what = (
+                "is known, but not provided here: it exchanges messages itself, in place of the engine, so it is used "
+                f"in a plain loop, as ds_comm.optim.{name} of ds-comm; it is neither"
+            )
         raise ValueError(
             f"optimizer.type = {name!r} {what} an installed plugin ({', '.join(plugins) or 'none installed'}) nor one "
             f"of torch's: {', '.join(kinds)}{'' if known else did_you_mean(name, (*plugins, *kinds))}"
