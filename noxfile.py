@@ -161,6 +161,7 @@ def bench(session: nox.Session) -> None:
         "optimizers": ["packages/ds-kernels/benchmarks/optimizers.py"],
         "pointwise": ["packages/ds-kernels/benchmarks/pointwise.py"],
         "large": ["-m", "benchmarks.large"],
+        "slow-link": ["benchmarks/slow_link.py"],
     }
     if name not in programs:
         session.error(f"no benchmark {name!r}; there are: {', '.join(programs)}")

@@ -11,6 +11,7 @@ import argparse
 import json
 import os
 import platform
+import signal
 import statistics
 import sys
 import time
@@ -53,7 +54,7 @@ def mlp(width: int) -> nn.Module:
 
 
 def replicated(width: int, hook: Callable[..., Any] | None = None, state: object = None) -> Contender:
-    model = DistributedDataParallel(mlp(width), gradient_as_bucket_view=True)
+    model = DistributedDataParallel(mlp(width), gradient_as_bucket_view=True, init_sync=False)
     if hook is not None:
         model.register_comm_hook(state, hook)
     return Contender(model, torch.optim.Adam(model.parameters(), fused=True, **HYPER), warm_up=4)
@@ -170,6 +171,7 @@ def main() -> None:
     reason = slow_link.unusable()
     if reason is not None:
         sys.exit(f"no slow link here: {reason}")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended from outside"))  # takes the link down
     load = f"load average {os.getloadavg()[0]:.1f} before"
     lines = [
         f"torch {torch.__version__}; {platform.machine()}, {os.cpu_count()} cores, a thread for each rank; {load}.",
