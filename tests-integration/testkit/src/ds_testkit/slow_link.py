@@ -124,7 +124,10 @@ class Counters:
         return num_bytes - packets * HEADERS
 
     def _read(self) -> tuple[int, int]:
-        return tuple(int((self._folder / name).read_text()) for name in ("tx_bytes", "tx_packets"))  # type: ignore[return-value]
+        return self._value("tx_bytes"), self._value("tx_packets")
+
+    def _value(self, name: str) -> int:
+        return int((self._folder / name).read_text())
 
 
 def _call(*command: str) -> None:
