@@ -65,7 +65,7 @@ class HopperOnCpu(Hopper):
         return device.type == "cpu"
 
     def place(self, device):
-        return Place(multiprocessors=132, stream=7)
+        return Place(device=-1, multiprocessors=132, stream=7)
 
 
 class Launcher:

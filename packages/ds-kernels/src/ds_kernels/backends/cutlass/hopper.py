@@ -34,6 +34,7 @@ class Module(Protocol):
 class Place:
     """Where a launch goes."""
 
+    device: int  # its index, which the CUDA runtime takes from the thread; -1: no GPU
     multiprocessors: int
     stream: int
 
@@ -53,9 +54,9 @@ class Hopper:
         return device.type == "cuda" and torch.cuda.get_device_capability(device) == _CAPABILITY
 
     def place(self, device: torch.device) -> Place:
-        """Return the size of ``device`` and torch's current stream there."""
-        properties = torch.cuda.get_device_properties(device)
-        return Place(properties.multi_processor_count, torch.cuda.current_stream(device).cuda_stream)
+        """Return the size of ``device``, which has an index, and torch's current stream there."""
+        size = torch.cuda.get_device_properties(device).multi_processor_count
+        return Place(device.index, size, torch.cuda.current_stream(device).cuda_stream)
 
     def linear_gelu(self, place: Place, tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]) -> None:
         """Fill the last two of x, weight, bias, out and what is inside the GELU.
@@ -72,9 +73,9 @@ class Hopper:
         size = self.module.workspace_bytes(dtype, sizes, place.multiprocessors)
         workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
         pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), inside.data_ptr()
-        self.module.linear_gelu(
-            dtype, pointers, sizes, place.multiprocessors, workspace.data_ptr() if size else 0, place.stream
-        )
+        at = workspace.data_ptr() if size else 0
+        with torch.cuda.device(place.device):
+            self.module.linear_gelu(dtype, pointers, sizes, place.multiprocessors, at, place.stream)
 
 
 @functools.cache
