@@ -68,7 +68,23 @@ def crowd(rank: int) -> None:
     sys.stdout.write("done\n")
 
 
-WHAT = {each.__name__: each for each in (die, leave, be_interrupted, crowd)}
+def fork(rank: int) -> None:
+    world = dist.group.WORLD
+    assert world is not None
+    if rank == 1:
+        child = os.fork()
+        if child == 0:
+            try:
+                dist.all_reduce(torch.zeros(1))
+            except dist.DistBackendError as error:
+                os.write(1, f"{error}\n".encode())
+            world._channel.close()
+            os._exit(0)
+        os.waitpid(child, 0)
+    dist.all_reduce(torch.zeros(1))
+
+
+WHAT = {each.__name__: each for each in (die, leave, be_interrupted, fork, crowd)}
 
 if __name__ == "__main__":
     torch.set_num_threads(1)

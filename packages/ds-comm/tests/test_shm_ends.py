@@ -47,6 +47,12 @@ def test_a_wait_can_be_interrupted() -> None:
     assert "a signal ended one of its collectives" in second.out
 
 
+def test_a_forked_child_is_no_rank_and_takes_none_with_it() -> None:
+    first, second = run("fork", 2)
+    assert (first.code, first.out, second.code) == (0, "", 0), (first, second)
+    assert "was forked from rank 1" in second.out
+
+
 def test_more_ranks_than_cores() -> None:
     for ended in run("crowd", 8):
         assert ended.out.strip() == "done", ended.err

@@ -2,6 +2,7 @@
 #include "channel.h"
 
 #include <sys/mman.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
@@ -33,7 +34,11 @@ std::string listed(const std::vector<std::string>& names) {
 }  // namespace
 
 Channel::Channel(int fd, Layout layout, Settings settings)
-    : layout_(layout), settings_(std::move(settings)), rank_(std::size_t(settings_.rank)), size_(layout.ranks) {
+    : layout_(layout),
+      settings_(std::move(settings)),
+      owner_(getpid()),
+      rank_(std::size_t(settings_.rank)),
+      size_(layout.ranks) {
     void* const memory = mmap(nullptr, layout_.bytes(), PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
     if (memory == MAP_FAILED) {
         throw std::system_error(errno, std::generic_category(),
@@ -52,7 +57,8 @@ void Channel::close() {
     if (base_ == nullptr) {
         return;
     }
-    if (broken_.empty()) {
+    // a forked child's copy is not this rank
+    if (broken_.empty() && getpid() == owner_) {
         leave(kLeft, -1);
     }
     munmap(base_, layout_.bytes());
@@ -78,6 +84,10 @@ void Channel::guarded(Call call, const std::function<void()>& body) {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!broken_.empty()) {
         throw std::runtime_error(broken_);
+    }
+    if (getpid() != owner_) {
+        throw std::runtime_error("this process was forked from " + settings_.names[rank_] +
+                                 " and is no rank of its process group: make a group in each process");
     }
     call_ = call;
     culprit_ = -1;

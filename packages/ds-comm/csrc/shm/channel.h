@@ -6,6 +6,7 @@
 #pragma once
 
 #include <poll.h>
+#include <sys/types.h>
 
 #include <functional>
 #include <mutex>
@@ -100,6 +101,7 @@ private:
     char* base_ = nullptr;
     Layout layout_;
     Settings settings_;
+    pid_t owner_;  // the process that made it
     std::size_t rank_;
     std::size_t size_;
     std::vector<pollfd> polled_;
