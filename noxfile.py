@@ -47,7 +47,7 @@ def quickstart(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the examples and the tests of all wheels together, then those of each wheel alone and vendored, and the guards."""
+    """Run examples and tests of the wheels together, the tests of each alone and vendored, and the guards."""
     _install_wheels(session, *WHEELS, extra=["./tests-integration/testkit"])
     # the Triton kernels cannot be imported where torch comes without Triton
     no_triton = [f"--ignore-glob=*/backends/triton/{family}.py" for family in ("activations", "norms")]

@@ -10,18 +10,15 @@ from dataclasses import replace
 import pytest
 from ds_pipe import (
     Costs,
-    Instruction,
-    Op,
     Schedule,
     ScheduleError,
-    Value,
     make_greedy_schedule,
     make_schedule,
     peak_bytes,
     simulate,
     validate,
 )
-from ds_pipe.instruction import COMPUTE, compute
+from ds_pipe.instruction import COMPUTE, Instruction, Op, Value, compute
 from ds_pipe.validate import Reason
 from hypothesis import given, settings
 from hypothesis import strategies as st

@@ -1,0 +1,97 @@
+"""Linear layers whose weight gradients are computed later.
+
+[Note: Deferred weights]
+Under :class:`DeferredWeights` every ``torch.nn.functional.linear`` computes the gradient of its input in the backward
+pass and leaves a note of what the gradients of weight and bias need. ``settle`` computes them, and hands them to
+autograd as gradients of the parameters: hooks run and sums are formed as always, with the same bits. Other layers'
+parameters get their gradients in the backward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class DeferredWeights(TorchFunctionMode):
+    """A context for forward passes; see [Note: Deferred weights].
+
+    Memory: the input and the output's gradient of each layer, from the backward pass to ``settle``.
+
+    Example:
+        >>> layer, later = torch.nn.Linear(2, 1), DeferredWeights()
+        >>> with later:
+        ...     layer(torch.ones(3, 2, requires_grad=True)).sum().backward()
+        >>> layer.weight.grad is None
+        True
+        >>> later.settle()
+        >>> layer.weight.grad
+        tensor([[3., 3.]])
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._notes: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Take the place of linear layers; leave everything else as it is."""
+        if func is functional.linear and torch.is_grad_enabled():
+            return self._linear(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        plain = not weight.requires_grad or not weight.is_leaf or (bias is not None and not bias.is_leaf)
+        if plain or not input.requires_grad:
+            return functional.linear(input, weight, bias)
+        out: Tensor = _Linear.apply(input, _Uses(weight, bias, self._notes))  # type: ignore[no-untyped-call]  # torch's
+        return out
+
+    def settle(self) -> None:
+        """Compute what was left out, and give it to the parameters."""
+        # what several uses of a parameter give is added up first, as autograd does: another order has other bits
+        grads: dict[Tensor, Tensor] = {}
+        for given, grad, weight, bias in self._notes:
+            rows = grad.reshape(-1, grad.shape[-1])
+            found = rows.t().mm(given.reshape(-1, given.shape[-1]))
+            grads[weight] = grads[weight] + found if weight in grads else found
+            if bias is not None and bias.requires_grad:
+                summed = rows.sum(0)
+                grads[bias] = grads[bias] + summed if bias in grads else summed
+        self._notes.clear()
+        if grads:
+            torch.autograd.backward([*grads], [*grads.values()])
+
+
+class _Uses(NamedTuple):
+    """What a layer computes with; autograd does not look into it.
+
+    As arguments of their own, parameters would get an undefined gradient in the backward pass, and hooks would run.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    notes: list[tuple[Tensor, Tensor, Tensor, Tensor | None]]
+
+
+class _Linear(torch.autograd.Function):
+    """A linear layer that computes the gradient of its input only."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, uses: _Uses) -> Tensor:
+        ctx.save_for_backward(given, uses.weight)
+        ctx.uses = uses
+        return functional.linear(given, uses.weight, uses.bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        given, weight = ctx.saved_tensors
+        (grad,) = grads
+        ctx.uses.notes.append((given.detach(), grad, ctx.uses.weight, ctx.uses.bias))
+        return grad.matmul(weight), None
