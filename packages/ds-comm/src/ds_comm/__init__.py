@@ -2,5 +2,6 @@
 
 from .backends import register_backends
 from .codec import Codec
+from .compressed import CompressedCollectives
 
-__all__ = ["Codec", "register_backends"]
+__all__ = ["Codec", "CompressedCollectives", "register_backends"]

@@ -27,7 +27,7 @@ from .kernel_protocols import KernelBackend
 from .optimizers import ClientMaker
 from .policy import StepPolicy
 from .process_group import join_group, local_device, message_device
-from .protocols import BuildContext, Collectives, LearningRateSchedule, OptimizerMaker, ParamGroups, Partitioner
+from .protocols import BuildContext, Compression, LearningRateSchedule, OptimizerMaker, ParamGroups, Partitioner
 from .saving import Vault
 from .schedules import Scheduler
 
@@ -134,10 +134,10 @@ def _context(settings: Config, group: dist.ProcessGroup | None, device: torch.de
         gradient_dtype=_DTYPES[settings.data_types.grad_accum_dtype],
         keep_fp32=settings.data_types.keep_in_fp32_modules,
     )
+    with_kernels = replace(bare, kernels=_kernels(settings.kernels.backend, bare))
     return replace(
-        bare,
-        kernels=_kernels(settings.kernels.backend, bare),
-        collectives=cast("Collectives | None", _selected(settings, "collectives", bare)),
+        with_kernels,
+        compression=cast("Compression | None", _selected(settings, "collectives", with_kernels)),
     )
 
 

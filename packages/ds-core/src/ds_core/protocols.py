@@ -34,7 +34,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "ds.partitioner": ("ds-zero",),
     "ds.store": (),
     "ds.pipeline": (),
-    "ds.collectives": (),
+    "ds.collectives": ("ds-comm",),
     "ds.optimizer": ("ds-kernels", "ds-zero"),
     "ds.attention": (),
     "ds.kernels": ("ds-kernels",),
@@ -76,8 +76,8 @@ class BuildContext:
     """Ranks that share the work; None for a single process."""
     kernels: KernelBackend | None = None
     """Fused kernels, or None for the plugin's torch default."""
-    collectives: Collectives | None = None
-    """Communication, or None for the plugin's torch default."""
+    compression: Compression | None = None
+    """What is put around the collectives of weights and gradients; None: nothing."""
     gradient_dtype: torch.dtype = torch.float32
     """Data type in which summed gradients are kept until the step."""
     keep_fp32: tuple[str, ...] = ()
@@ -129,6 +129,17 @@ class Collectives(Protocol):
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's. Blocks."""
+
+
+class Compression(Protocol):
+    """What is put around collectives, so that they send fewer bytes, at the price of rounding."""
+
+    @property
+    def rounds_weights(self) -> bool:
+        """Whether ``all_gather`` gives all ranks, their owner included, something else than the shards it is given."""
+
+    def around(self, inner: Collectives) -> Collectives:
+        """Return collectives that gather weights and reduce gradients by way of ``inner``, for nothing else."""
 
 
 # State, as checkpoints see it #

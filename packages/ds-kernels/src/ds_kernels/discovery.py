@@ -40,7 +40,7 @@ class PlainContext:
     """A single process."""
     kernels: None = None
     """None: they are what is being built."""
-    collectives: None = None
+    compression: None = None
     """None: a single process."""
     gradient_dtype: torch.dtype = torch.float32
     """What torch's optimizers use."""

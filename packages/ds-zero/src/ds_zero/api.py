@@ -26,7 +26,7 @@ from .update import torch_update
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import ShardKernels
-    from ds_core.protocols import Collectives, ParamGroups, UpdateRule
+    from ds_core.protocols import Collectives, Compression, ParamGroups, UpdateRule
 
 logger = logging.getLogger(__package__)
 
@@ -41,6 +41,9 @@ class Parts:
     """Ordered sums and norms; None: torch operations."""
     collectives: Collectives | None = None
     """Communication; None: ``torch.distributed`` over ``group``."""
+    compression: Compression | None = None
+    """What is put around the collectives of trained weights and their gradients: equal bits on other numbers of ranks
+    are given up for fewer bytes. None: nothing."""
 
 
 def shard(
@@ -97,8 +100,8 @@ def shard(
 
     Raises:
         ValueError: The groups name a parameter twice or one that is not the model's; or ranks built different models
-            or pass different settings; or the model is partitioned already; or the number of ranks is not a power of
-            two and ``config.require_exact`` is set.
+            or pass different settings; or the model is partitioned already; or ``config.require_exact`` is set, and
+            the number of ranks is not a power of two or ``parts.compression`` is given.
         TypeError: ``make_optimizer`` is no function that returns an optimizer.
         NotImplementedError: A trained parameter is neither float32 nor bfloat16 nor float16.
 
@@ -118,9 +121,9 @@ def shard(
     device = device or _device_of(model)
     arranged = own_groups(model, param_groups, make_optimizer)
     check_settings_agree(config, precision, arranged, group=group, given=parts.collectives, device=device)
-    mesh, diagnosis = mesh_of(group, parts.collectives, kernels=kernels, config=config, device=device)
+    mesh, wire, diagnosis = mesh_of(group, parts, kernels=kernels, config=config, device=device)
     comm = mesh.everyone
-    _check_num_ranks(comm, config)
+    _check_exact(comm, config, parts.compression)
     hybrid = mesh.across.size > 1
     placements = placements_of(
         config.stage,
@@ -137,6 +140,8 @@ def shard(
         placements,
         precision.gradient,
         frozenset(index for index, kind in enumerate(arranged.kinds) if kind.per_tensor),
+        wire,
+        parts.compression is not None and parts.compression.rounds_weights and comm.size > 1,
     )
     prepare(model, mesh, device)
     units = build_units(model, config.unit_classes, compute_dtypes(model, precision), group_of, shared)
@@ -152,7 +157,12 @@ def _device_of(model: nn.Module) -> torch.device:
     return next((device for device in devices if device.type != "meta"), torch.get_default_device())
 
 
-def _check_num_ranks(comm: Collectives, config: ZeroConfig) -> None:
+def _check_exact(comm: Collectives, config: ZeroConfig, compression: Compression | None) -> None:
+    if compression is not None and config.require_exact:
+        raise ValueError(
+            "require_exact = True, but compressed collectives round what they send; remove them (collectives, "
+            "zero_quantized_weights, zero_quantized_gradients), or use require_exact=False"
+        )
     if comm.size & (comm.size - 1) == 0:
         return
     message = (

@@ -7,7 +7,8 @@ name       shape  data type      what it is
 whole      [L]    compute        the parameters, as views, whenever they are whole; pooled memory if sharded
 kept       [K]    compute        the interval of it that is kept from step to step; ``whole`` itself if that is all
 shard      [S]    compute        the interval of optimizer state, a view of ``kept``
-master     [S]    float32        what the optimizer updates; ``shard`` itself if that is float32 already
+master     [S]    float32        what the optimizer updates; ``shard`` itself if that is float32 already, unless it is
+                                 rounded on the wire
 leaf       [L]    compute        the gradient of one backward pass; pooled memory unless it is kept to the step
 reduced    [S]    gradient       sum over ranks and accumulation steps (see [Note: Summation tree]); this rank's
                                  interval of ``leaf`` where placement and data types allow it
@@ -125,7 +126,9 @@ class Resources(NamedTuple):
     grad_pool: StoragePool  # memory of leaves
     placements: Placements
     gradient_dtype: torch.dtype
-    per_tensor: frozenset[int] = frozenset()  # parameter groups whose tensors are segments of their own
+    per_tensor: frozenset[int]  # parameter groups whose tensors are segments of their own
+    wire: Mesh  # what trained weights are gathered and their gradients reduced over; ``mesh``, unless it compresses
+    rounds_weights: bool  # whether weights are rounded on the wire
 
 
 class Segment(NamedTuple):
@@ -179,8 +182,11 @@ class Flat:
         self.key = key
         self._shared = shared
         self._sharded = param is not Placement.REPLICATE
-        self._gather = mesh.between(param, Placement.REPLICATE)
-        self._refresh = None if state is param else mesh.between(state, param)
+        wire = shared.wire if trained else mesh
+        self._gather = wire.between(param, Placement.REPLICATE)
+        self._refresh = None if state is param else wire.between(state, param)
+        # a gather in place leaves rounded weights in the shard, so the exact ones live elsewhere
+        self._apart = trained and shared.rounds_weights and self._refresh is not None
         like = torch.empty(0, dtype=dtype, device=self.params[0].device)
         # sharded, it is empty until it is gathered for the first time
         self._whole = like.new_empty(layout.length) if self._sharded else self._sendable(layout.length, like)  # 1D
@@ -254,6 +260,8 @@ class Flat:
         """Bring replicated parameters up to date after their shards were updated; None: they are."""
         if self._refresh is None:
             return None
+        if self._apart and self.shard.dtype == self.master.dtype:
+            self.shard.copy_(self.master)  # in a lower precision the step has done that
         return self._refresh.all_gather(self._kept, self.shard, key=self.key)
 
     def load_master(self) -> Handle | None:
@@ -300,7 +308,7 @@ class Flat:
     @property
     def master_bytes(self) -> int:
         """Bytes of the master where it is not the compute parameters themselves."""
-        return 0 if self.master.dtype == self.shard.dtype else self.master.nbytes
+        return 0 if self.master is self.shard else self.master.nbytes
 
     # Construction #
 
@@ -309,7 +317,9 @@ class Flat:
 
     def _make_master(self, exact: torch.dtype) -> Tensor:
         """Return the tensor over ``state_range`` that will hold the exact values of the parameters."""
-        return self.shard if exact == self.shard.dtype else self.shard.new_zeros(self.shard.numel(), dtype=exact)
+        if exact == self.shard.dtype and not self._apart:
+            return self.shard
+        return self.shard.new_zeros(self.shard.numel(), dtype=exact)
 
     def _take_values(self) -> None:
         """Fill what this rank keeps, and forget the rest of each parameter."""

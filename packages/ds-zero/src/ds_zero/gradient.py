@@ -189,7 +189,7 @@ class FlatGradient:
         self._filling = False
         self._accepted.clear()
         self._target = self._sum.target()
-        return self._shared.mesh.everyone.reduce_scatter(self._target, self._leaf, key=self._key)
+        return self._shared.wire.everyone.reduce_scatter(self._target, self._leaf, key=self._key)
 
     def finish_reduce(self) -> None:
         """Take the sum over the ranks, which has arrived, as the next leaf of the summation tree."""

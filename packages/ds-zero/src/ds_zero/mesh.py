@@ -24,8 +24,9 @@ from .placement import Placement
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import ShardKernels
-    from ds_core.protocols import Collectives, Handle
+    from ds_core.protocols import Collectives, Compression, Handle
 
+    from .api import Parts
     from .config import ZeroConfig
 
 
@@ -152,12 +153,13 @@ class Joined(NamedTuple):
     """Collectives, and what is around them."""
 
     mesh: Mesh
+    wire: Mesh  # of trained weights and their gradients: what compresses is around it
     diagnosis: Diagnosis
 
 
 def mesh_of(
     group: dist.ProcessGroup | None,
-    given: Collectives | None,
+    parts: Parts,
     *,
     kernels: ShardKernels,
     config: ZeroConfig,
@@ -167,18 +169,18 @@ def mesh_of(
 
     Args:
         group: The ranks.
-        given: Collectives to use instead of ds-zero's own, or None.
+        parts: Collectives to use instead of ds-zero's own, if any, and what compresses.
         kernels: Ordered sums.
         config: Nodes.
         device: Where the data lie.
     """
-    diagnosis = Diagnosis(config, group)
+    diagnosis, given, compression = Diagnosis(config, group), parts.collectives, parts.compression
     # ranks that compare fingerprints do not serve each other's reads meanwhile
     host_memory = config.host_memory and config.fingerprint_timeout is None
     make = partial(collectives_of, kernels=kernels, device=device, host_memory=host_memory)
     everyone = diagnosis.around(given or make(group), "all ranks")
     if not config.node_size or group is None or everyone.size == 1:
-        return Joined(one_node(everyone, kernels), diagnosis)
+        return _joined_as_one(everyone, kernels, compression, diagnosis)
     if given is not None:
         raise ValueError("nodes (mics_shard_size, zero_hpz_partition_size) need ds-zero's own collectives")
     if everyone.size % config.node_size:
@@ -188,12 +190,24 @@ def mesh_of(
             f"{everyone.size}"
         )
     if config.node_size == everyone.size:
-        return Joined(one_node(everyone, kernels), diagnosis)
+        return _joined_as_one(everyone, kernels, compression, diagnosis)
     nodes, across = parts_of(everyone.size, config.node_size)
     own_node, own_across = (next(part for part in parts if everyone.rank in part) for parts in (nodes, across))
     node = diagnosis.around(make(group, parts=nodes), f"the node of ranks {own_node[0]} to {own_node[-1]}")
     over_nodes = diagnosis.around(make(group, parts=across), f"ranks {', '.join(map(str, own_across))} of their nodes")
-    return Joined(of_nodes(everyone, node, over_nodes), diagnosis)
+    mesh = of_nodes(everyone, node, over_nodes)
+    if compression is None:
+        return Joined(mesh, mesh, diagnosis)
+    # each level has codes of its own: what crosses nodes is the sum over a node, coded again
+    return Joined(mesh, of_nodes(everyone, compression.around(node), compression.around(over_nodes)), diagnosis)
+
+
+def _joined_as_one(
+    everyone: Collectives, kernels: ShardKernels, compression: Compression | None, diagnosis: Diagnosis
+) -> Joined:
+    mesh = one_node(everyone, kernels)
+    wire = mesh if compression is None else one_node(compression.around(everyone), kernels)
+    return Joined(mesh, wire, diagnosis)
 
 
 def one_node(everyone: Collectives, kernels: ShardKernels) -> Mesh:

@@ -37,7 +37,7 @@ class ZeroPartitioner:
             precision=Precision(
                 compute=context.compute_dtype, gradient=context.gradient_dtype, keep_fp32=context.keep_fp32
             ),
-            parts=Parts(update=update, kernels=kernels, collectives=context.collectives),
+            parts=Parts(update=update, kernels=kernels, compression=context.compression),
             device=context.device,
         )
 

@@ -31,9 +31,7 @@ UNAVAILABLE: Mapping[str, Feature] = {
     "zero_optimization.offload_optimizer.device": Feature("optimizer offload", ("none",), "ds-offload"),
     "zero_optimization.offload_param.device": Feature("parameter offload", ("none",), "ds-offload"),
     "zero_optimization.zenflow": Feature("ZenFlow", (), "ds-offload"),
-    "zero_optimization.zero_quantized_gradients": Feature("quantized collectives", (False,), "ds-comm"),
     "zero_optimization.zero_quantized_nontrainable_weights": Feature("quantized weights", (False,), "ds-comm"),
-    "zero_optimization.zero_quantized_weights": Feature("quantized collectives", (False,), "ds-comm"),
     "zero_optimization.zeropp_loco_param": Feature("quantized collectives", (), "ds-comm"),
     # Plugins of roles that the engine is not built with.
     "attention": Feature(_ROLE.format("'ds.attention'"), (False, {})),

@@ -1,0 +1,177 @@
+"""Training with coded weights and gradients: it learns, ranks agree to the bit, fewer bytes travel."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import ds_core
+import ds_zero
+import pytest
+import torch
+from ds_comm import CompressedCollectives
+from ds_comm.config import CompressionConfig
+from ds_comm.plugin import Compression
+from ds_core.registry import load
+from ds_testkit import Rank, RankPool
+from torch import Tensor, nn
+
+pytestmark = pytest.mark.rung_c
+
+STEPS = 12
+
+
+class Seen(nn.Linear):
+    """Remembers the weights it computed with."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__(size, size)
+        self.seen: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(self.weight.detach().clone())
+        return super().forward(x).relu()
+
+
+class Recorded(Compression):
+    """Keeps what it was put around."""
+
+    def __init__(self, config: CompressionConfig) -> None:
+        super().__init__(config)
+        self.made: list[CompressedCollectives] = []
+
+    def around(self, inner: Any) -> CompressedCollectives:
+        self.made.append(super().around(inner))
+        return self.made[-1]
+
+
+class Outcome(NamedTuple):
+    losses: list[float]
+    seen: list[Tensor]
+    wire: dict[str, int]  # bytes sent
+    exact: dict[str, int]
+
+
+def built() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(Seen(48), Seen(48), nn.Linear(48, 1))
+
+
+def batch_of(step: int, rank: Rank) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(100 * step + rank.rank)
+    x = torch.randn(16 // rank.size, 48, generator=generator)
+    return x, x[:, :8].square().mean(1, keepdim=True)
+
+
+def trained(
+    rank: Rank, zero: dict[str, Any], config: CompressionConfig | None, dtype: torch.dtype | None = None
+) -> Outcome:
+    compression = None if config is None else Recorded(config)
+    model = built()
+    sharded = ds_zero.shard(
+        model,
+        lambda groups: torch.optim.AdamW(groups, lr=3e-3),
+        config=ds_zero.ZeroConfig(**zero),
+        group=rank.group,
+        precision=ds_zero.Precision(compute=dtype),
+        parts=ds_zero.Parts(compression=compression),
+    )
+    losses = []
+    for step in range(STEPS):
+        x, y = batch_of(step, rank)
+        loss = (sharded.module(x.to(dtype)).float() - y).square().mean()
+        loss.backward()
+        sharded.step(1 / rank.size)
+        losses.append(loss.item())
+    accounts = [] if compression is None else [made.accounts for made in compression.made]
+    total = [
+        {op: sum(each[op][kind].sent for each in accounts if op in each) for op in ("all_gather", "reduce_scatter")}
+        for kind in (0, 1)
+    ]
+    return Outcome(losses, [weight for layer in model[:2] for weight in layer.seen], *total)
+
+
+def means(outcomes: list[Outcome]) -> Tensor:
+    return torch.tensor([outcome.losses for outcome in outcomes]).mean(0)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_it_learns_as_without_codes_and_ranks_agree(ranks: RankPool, stage: int, size: int, dtype) -> None:
+    config = CompressionConfig(weights="int8", gradients="int4")
+    exact = ranks.run(trained, {"stage": stage}, None, dtype, size=size)
+    coded = ranks.run(trained, {"stage": stage}, config, dtype, size=size)
+    first, *others = coded
+    for other in others:
+        assert all(map(torch.equal, first.seen, other.seen))
+    assert not all(map(torch.equal, first.seen, exact[0].seen)), "something was rounded"
+    lost, kept = means(coded), means(exact)
+    assert kept[-3:].mean() < 0.7 * kept[:3].mean(), "there is something to learn"
+    assert torch.allclose(lost, kept, rtol=0.1, atol=0.02)
+    width = 4 if dtype is None else 2
+    for op, bits in (("all_gather", 8), ("reduce_scatter", 4)):
+        # scales of 256 elements, and a byte of each message
+        assert first.wire[op] <= first.exact[op] * (bits / 8 + 4 / 256) / width + 100 * STEPS * size
+
+
+def test_differences_follow_weights_in_fewer_bits(ranks: RankPool) -> None:
+    config = CompressionConfig(weights="int4", weight_differences=True)
+    exact = ranks.run(trained, {"stage": 2}, None, size=2)
+    coded = ranks.run(trained, {"stage": 2}, config, size=2)
+    assert all(map(torch.equal, coded[0].seen, coded[1].seen))
+    assert torch.allclose(means(coded), means(exact), rtol=0.02, atol=0.005)
+    assert coded[0].wire["all_gather"] < coded[0].exact["all_gather"] / 4
+
+
+@pytest.mark.parametrize("zero", [{"zero_hpz_partition_size": 2}, {"mics_shard_size": 2}])
+def test_nodes_code_on_both_levels(ranks: RankPool, zero: dict[str, Any]) -> None:
+    config = CompressionConfig(weights="int8", gradients="int4")
+    exact = ranks.run(trained, {"stage": 3, **zero}, None, size=4)
+    coded = ranks.run(trained, {"stage": 3, **zero}, config, size=4)
+    for other in coded[1:]:
+        assert all(map(torch.equal, coded[0].seen, other.seen))
+    assert torch.allclose(means(coded), means(exact), rtol=0.1, atol=0.02)
+    assert coded[0].wire["reduce_scatter"] < coded[0].exact["reduce_scatter"] / 4
+
+
+def configured(rank: Rank, zero: dict[str, Any]) -> list[float]:
+    engine, *_ = ds_core.initialize(
+        built(),
+        config={
+            "train_micro_batch_size_per_gpu": 16 // rank.size,
+            "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}},
+            "gradient_clipping": 0.0,
+            "zero_optimization": {"stage": 2, **zero},
+        },
+        group=rank.group,
+    )
+    losses = []
+    for step in range(STEPS):
+        x, y = batch_of(step, rank)
+        loss = (engine(x) - y).square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_the_keys_of_deepspeed_select_it(ranks: RankPool) -> None:
+    quantized = {"zero_quantized_weights": True, "zero_quantized_gradients": True}
+    (exact, _), (coded, _) = (ranks.run(configured, zero, size=2) for zero in ({}, quantized))
+    assert coded != exact
+    assert torch.allclose(torch.tensor(coded), torch.tensor(exact), rtol=0.1, atol=0.02)
+
+
+def test_the_configuration_shows_what_the_keys_mean() -> None:
+    zero = {"stage": 2, "zero_quantized_gradients": True}
+    config = ds_core.config.parse({"train_batch_size": 4, "zero_optimization": zero}, 2, load)
+    assert config.plugins["collectives"].config == CompressionConfig(gradients="int4")
+
+
+def refused(rank: Rank) -> None:
+    with pytest.raises(ValueError, match="require_exact = True, but compressed collectives round what they send"):
+        trained(rank, {"stage": 2, "require_exact": True}, CompressionConfig(gradients="int8"))
+
+
+def test_exact_bits_and_codes_exclude_each_other(ranks: RankPool) -> None:
+    ranks.run(refused, size=2)
