@@ -13,6 +13,7 @@ from ds_comm.config import CompressionConfig
 from ds_comm.plugin import Compression
 from ds_core.registry import load
 from ds_testkit import Rank, RankPool
+from ds_testkit.state import Exported, State, assembled, exported
 from torch import Tensor, nn
 
 pytestmark = pytest.mark.rung_c
@@ -62,32 +63,37 @@ def batch_of(step: int, rank: Rank) -> tuple[Tensor, Tensor]:
     return x, x[:, :8].square().mean(1, keepdim=True)
 
 
-def trained(
-    rank: Rank, zero: dict[str, Any], config: CompressionConfig | None, dtype: torch.dtype | None = None
-) -> Outcome:
-    compression = None if config is None else Recorded(config)
-    model = built()
-    sharded = ds_zero.shard(
-        model,
+def sharded_as(rank: Rank, zero: dict[str, Any], compression: Compression | None, dtype: torch.dtype | None) -> Any:
+    return ds_zero.shard(
+        built(),
         lambda groups: torch.optim.AdamW(groups, lr=3e-3),
         config=ds_zero.ZeroConfig(**zero),
         group=rank.group,
         precision=ds_zero.Precision(compute=dtype),
         parts=ds_zero.Parts(compression=compression),
     )
-    losses = []
-    for step in range(STEPS):
-        x, y = batch_of(step, rank)
-        loss = (sharded.module(x.to(dtype)).float() - y).square().mean()
-        loss.backward()
-        sharded.step(1 / rank.size)
-        losses.append(loss.item())
+
+
+def stepped(sharded: Any, step: int, rank: Rank, dtype: torch.dtype | None = None) -> float:
+    x, y = batch_of(step, rank)
+    loss = (sharded.module(x.to(dtype)).float() - y).square().mean()
+    loss.backward()
+    sharded.step(1 / rank.size)
+    return loss.item()
+
+
+def trained(
+    rank: Rank, zero: dict[str, Any], config: CompressionConfig | None, dtype: torch.dtype | None = None
+) -> Outcome:
+    compression = None if config is None else Recorded(config)
+    sharded = sharded_as(rank, zero, compression, dtype)
+    losses = [stepped(sharded, step, rank, dtype) for step in range(STEPS)]
     accounts = [] if compression is None else [made.accounts for made in compression.made]
     total = [
         {op: sum(each[op][kind].sent for each in accounts if op in each) for op in ("all_gather", "reduce_scatter")}
         for kind in (0, 1)
     ]
-    return Outcome(losses, [weight for layer in model[:2] for weight in layer.seen], *total)
+    return Outcome(losses, [weight for layer in sharded.module[:2] for weight in layer.seen], *total)
 
 
 def means(outcomes: list[Outcome]) -> Tensor:
@@ -175,3 +181,49 @@ def refused(rank: Rank) -> None:
 
 def test_exact_bits_and_codes_exclude_each_other(ranks: RankPool) -> None:
     ranks.run(refused, size=2)
+
+
+# Checkpoints #
+
+
+class Saved(NamedTuple):
+    """Plays the role ``StateSource``."""
+
+    whole: State
+    shapes: dict[tuple[str, str], torch.Size]
+    scalars: dict[str, Any]
+
+    @property
+    def roles(self) -> list[str]:
+        return sorted({role for role, _ in self.whole})
+
+    def shapes_of(self, role: str) -> dict[str, torch.Size]:
+        return {name: shape for (each, name), shape in self.shapes.items() if each == role}
+
+    def read(self, role: str, name: str, start: int, out: Tensor) -> None:
+        out.copy_(self.whole[role, name][start : start + out.numel()])
+
+
+def saved_after(rank: Rank, zero: dict[str, Any], source: Saved | None) -> tuple[list[Exported], Any]:
+    """Train, or load ``source``, and save."""
+    sharded = sharded_as(rank, zero, Compression(CompressionConfig(gradients="ternary")), None)
+    if source is None:
+        for step in range(3):
+            stepped(sharded, step, rank)
+    else:
+        sharded.load_state(source)
+    scalars = sharded.state().scalars
+    return exported(sharded), scalars
+
+
+@pytest.mark.parametrize("zero", [{"stage": 2}, {"stage": 3, "zero_hpz_partition_size": 2}])
+def test_what_is_owed_survives_on_fewer_ranks(ranks: RankPool, zero: dict[str, Any]) -> None:
+    found = ranks.run(saved_after, zero, None, size=4)
+    whole = assembled(pieces for pieces, _ in found)
+    shapes = {(piece.role, piece.name): piece.shape for pieces, _ in found for piece in pieces}
+    owed = {key: values for key, values in whole.items() if key[0] == "gradient_error"}
+    assert len(owed) == 6
+    assert sum(float(values.norm()) for values in owed.values()) > 0
+    again = ranks.run(saved_after, {"stage": 2}, Saved(whole, shapes, found[0][1]), size=2)
+    loaded = assembled(pieces for pieces, _ in again)
+    assert all(torch.equal(loaded[key], values) for key, values in owed.items())

@@ -131,6 +131,16 @@ class Collectives(Protocol):
         """Overwrite ``tensor`` with rank 0's. Blocks."""
 
 
+class CompressedCollectives(Collectives, Protocol):
+    """Collectives that round gradients and keep what they have lacked, to send it later."""
+
+    def state(self) -> Mapping[int, Tensor]:
+        """Return by key this rank's slice (1D, float32) of the sum over ranks of what is kept. All ranks call it."""
+
+    def load_state(self, state: Mapping[int, Tensor]) -> None:
+        """Keep what :meth:`state` gave, on any number of ranks, and nothing else."""
+
+
 class Compression(Protocol):
     """What is put around collectives, so that they send fewer bytes, at the price of rounding."""
 
@@ -138,7 +148,7 @@ class Compression(Protocol):
     def rounds_weights(self) -> bool:
         """Whether ``all_gather`` gives all ranks, their owner included, something else than the shards it is given."""
 
-    def around(self, inner: Collectives) -> Collectives:
+    def around(self, inner: Collectives) -> CompressedCollectives:
         """Return collectives that gather weights and reduce gradients by way of ``inner``, for nothing else."""
 
 

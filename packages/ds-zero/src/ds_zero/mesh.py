@@ -24,7 +24,7 @@ from .placement import Placement
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import ShardKernels
-    from ds_core.protocols import Collectives, Compression, Handle
+    from ds_core.protocols import Collectives, CompressedCollectives, Compression, Handle
 
     from .api import Parts
     from .config import ZeroConfig
@@ -124,6 +124,7 @@ class Mesh(NamedTuple):
     everyone: Collectives
     node: Collectives
     across: Collectives
+    compressed: tuple[CompressedCollectives, ...] = ()  # what of them compresses, from the ranks of a node outwards
 
     def range_of(self, placement: Placement, layout: Layout) -> tuple[int, int]:
         """Return the interval ``[start, end)`` that this rank holds of a buffer."""
@@ -199,15 +200,18 @@ def mesh_of(
     if compression is None:
         return Joined(mesh, mesh, diagnosis)
     # each level has codes of its own: what crosses nodes is the sum over a node, coded again
-    return Joined(mesh, of_nodes(everyone, compression.around(node), compression.around(over_nodes)), diagnosis)
+    levels = compression.around(node), compression.around(over_nodes)
+    return Joined(mesh, of_nodes(everyone, *levels)._replace(compressed=levels), diagnosis)
 
 
 def _joined_as_one(
     everyone: Collectives, kernels: ShardKernels, compression: Compression | None, diagnosis: Diagnosis
 ) -> Joined:
     mesh = one_node(everyone, kernels)
-    wire = mesh if compression is None else one_node(compression.around(everyone), kernels)
-    return Joined(mesh, wire, diagnosis)
+    if compression is None:
+        return Joined(mesh, mesh, diagnosis)
+    around = compression.around(everyone)
+    return Joined(mesh, one_node(around, kernels)._replace(compressed=(around,)), diagnosis)
 
 
 def one_node(everyone: Collectives, kernels: ShardKernels) -> Mesh:

@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from . import state, whole_state
+from . import owed, state, whole_state
 
 if TYPE_CHECKING:
     from ds_core.protocols import Json, StateSource
 
-    from .flat import Flat
+    from .flat import Flat, Resources
     from .mesh import Mesh
     from .whole import WholeTensors
 
@@ -23,18 +23,19 @@ def export(
     flats: Sequence[Flat],
     optimizer: torch.optim.Optimizer | None,
     whole: WholeTensors,
-    mesh: Mesh,
+    shared: Resources,
 ) -> state.PartState:
     """Return live views of all state on this rank."""
     buffers = state.persistent_buffers(module)
     pieces = [piece for flat in flats for piece in state.param_pieces(flat)]
-    pieces += state.buffer_pieces(buffers, mesh.everyone.rank)
+    pieces += state.buffer_pieces(buffers, shared.mesh.everyone.rank)
     scalars: dict[str, Json] = {"aliases": state.aliases(module)}
     if optimizer is not None:
         trained = _trained(flats)
         for flat in trained:
             pieces += state.optimizer_pieces(flat, optimizer)
         pieces += whole_state.pieces(whole, optimizer)
+        pieces += owed.pieces(trained, shared.wire, shared.mesh.across)
         scalars["optimizer"] = {
             **state.optimizer_scalars(trained, optimizer),
             **whole_state.scalars(whole, optimizer),
@@ -51,6 +52,7 @@ def prepare_load(
     whole: WholeTensors,
     source: StateSource,
     *,
+    wire: Mesh,
     strict: bool,
 ) -> Callable[[], None]:
     """Check that ``source`` fits; return what loads it. Sharded parameters must not be whole while it does.
@@ -79,6 +81,7 @@ def prepare_load(
         if optimizer is not None:
             state.load_optimizer(trained, optimizer, source, saved, known)
             whole_state.load(whole, optimizer, source, saved, known)
+            owed.load(trained, wire, source)
 
     return load
 

@@ -246,7 +246,7 @@ class Sharded:
     def state(self) -> PartState:
         """Return live views of all state; see [Note: Pieces]."""
         self.parking.check()
-        return model_state.export(self.module, self._flats, self.optimizer, self._whole, self._shared.mesh)
+        return model_state.export(self.module, self._flats, self.optimizer, self._whole, self._shared)
 
     def load_state(self, source: StateSource, *, optimizer: bool = True, strict: bool = True) -> None:
         """Replace parameters and buffers, and with ``optimizer`` its state, by those of ``source``.
@@ -263,7 +263,13 @@ class Sharded:
         """
         self.parking.check()
         load = model_state.prepare_load(
-            self.module, self._flats, self.optimizer if optimizer else None, self._whole, source, strict=strict
+            self.module,
+            self._flats,
+            self.optimizer if optimizer else None,
+            self._whole,
+            source,
+            wire=self._shared.wire,
+            strict=strict,
         )
         self._residency.drop_all()
         load()

@@ -49,13 +49,13 @@ class PartState(NamedTuple):
 
 def param_pieces(flat: Flat) -> Iterator[Piece]:
     """Yield this rank's part of the exact parameters."""
-    yield from _pieces(flat, "param", flat.master, flat.state_range[0])
+    yield from interval_pieces(flat, "param", flat.master, flat.state_range[0])
 
 
 def grad_pieces(flat: Flat) -> Iterator[Piece]:
     """Yield this rank's part of the gradient sums."""
     if flat.gradient is not None:
-        yield from _pieces(flat, "grad", flat.gradient.reduced(), flat.own[0])
+        yield from interval_pieces(flat, "grad", flat.gradient.reduced(), flat.own[0])
 
 
 def optimizer_pieces(flat: Flat, optimizer: torch.optim.Optimizer) -> Iterator[Piece]:
@@ -63,7 +63,16 @@ def optimizer_pieces(flat: Flat, optimizer: torch.optim.Optimizer) -> Iterator[P
     for segment in flat.segments:
         for role, value in optimizer.state.get(segment.master, {}).items():
             if _is_elementwise(value, segment):
-                yield from _pieces(flat, role, value, segment.start)
+                yield from interval_pieces(flat, role, value, segment.start)
+
+
+def interval_pieces(flat: Flat, role: str, values: Tensor, first: int) -> Iterator[Piece]:
+    """Yield what ``values``, which stands at ``first`` in the layout, holds of this rank's own shard."""
+    start, end = max(flat.own[0], first), min(flat.own[1], first + values.numel())
+    for overlap in flat.layout.overlaps(start, end):
+        offset = start - first + overlap.offset
+        data = values.detach()[offset : offset + overlap.numel]
+        yield Piece(overlap.slot.name, role, overlap.slot.shape, overlap.start, data)
 
 
 def buffer_pieces(buffers: Mapping[str, Tensor], rank: int) -> Iterator[Piece]:
@@ -188,15 +197,6 @@ def _optimizer_roles(source: StateSource, group: int) -> list[str]:
     """Return the roles of the elementwise state of one parameter group."""
     saved = cast("Mapping[str, Any]", source.scalars["optimizer"])
     return list(saved["roles"].get(str(group), ()))
-
-
-def _pieces(flat: Flat, role: str, values: Tensor, first: int) -> Iterator[Piece]:
-    """Yield what ``values``, which stands at ``first`` in the layout, holds of this rank's own shard."""
-    start, end = max(flat.own[0], first), min(flat.own[1], first + values.numel())
-    for overlap in flat.layout.overlaps(start, end):
-        offset = start - first + overlap.offset
-        data = values.detach()[offset : offset + overlap.numel]
-        yield Piece(overlap.slot.name, role, overlap.slot.shape, overlap.start, data)
 
 
 def _is_elementwise(value: Any, segment: Segment) -> bool:
