@@ -11,6 +11,7 @@ import torch
 from ds_comm import CompressedCollectives
 from ds_comm.config import CompressionConfig
 from ds_comm.plugin import Compression
+from ds_core.config import parse
 from ds_core.registry import load
 from ds_testkit import Rank, RankPool
 from ds_testkit.state import Exported, State, assembled, exported
@@ -170,7 +171,7 @@ def test_the_keys_of_deepspeed_select_it(ranks: RankPool) -> None:
 
 def test_the_configuration_shows_what_the_keys_mean() -> None:
     zero = {"stage": 2, "zero_quantized_gradients": True}
-    config = ds_core.config.parse({"train_batch_size": 4, "zero_optimization": zero}, 2, load)
+    config = parse({"train_batch_size": 4, "zero_optimization": zero}, 2, load)
     assert config.plugins["collectives"].config == CompressionConfig(gradients="int4")
 
 

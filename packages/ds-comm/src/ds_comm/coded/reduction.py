@@ -113,7 +113,8 @@ class CodedReduction:
             self._codec.encode(slices[other], error=errors[other], payload=payloads[other])
             lost += torch.linalg.vector_norm(errors[other]).square()
         errors.masked_fill_(~lost.isfinite(), 0)
-        return ((lost >= whole) & (whole > 0) & whole.isfinite()).to(torch.uint8)
+        failed: Tensor = (lost >= whole) & (whole > 0) & whole.isfinite()
+        return failed.to(torch.uint8)
 
     def _exact(self, key: int, flags: Tensor, payloads: Tensor, errors: Tensor | None) -> list[Tensor | None]:
         """Return by rank the numbers it sent because its code lost too much; None where its payload counts."""
