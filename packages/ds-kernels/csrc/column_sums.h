@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "kernels.h"
@@ -17,10 +18,14 @@ namespace ds_kernels {
 template <class Block>
 void sum_columns(const Kernels& kernels, std::size_t rows, std::size_t columns, int threads,
                  const std::vector<void*>& outs, int format, const Block& block) {
-    const std::size_t width = columns * outs.size();
+    // Whole cache lines: an access across two costs twice.
+    constexpr std::size_t kLine = 64, kPerLine = kLine / sizeof(float);
+    const std::size_t width = (columns * outs.size() + kPerLine - 1) / kPerLine * kPerLine;
     // No rows: one block without any, whose sums are zeros.
     const std::size_t count = std::max<std::size_t>(1, (rows + kRowBlock - 1) / kRowBlock);
-    const std::unique_ptr<float[]> sums(new float[count * width]);
+    const auto release = [](float* memory) { ::operator delete(memory, std::align_val_t(kLine)); };
+    const std::unique_ptr<float, decltype(release)> sums(
+        static_cast<float*>(::operator new(count * width * sizeof(float), std::align_val_t(kLine))), release);
     for_slices(count, kRowBlock * columns, threads, [&](std::size_t first, std::size_t last) {
         for (std::size_t i = first; i < last; ++i) {
             block(i * kRowBlock, std::min(rows, (i + 1) * kRowBlock), sums.get() + i * width);
