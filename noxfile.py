@@ -156,6 +156,7 @@ def bench(session: nox.Session) -> None:
     programs = {
         "train": ["-m", "benchmarks.train"],
         "adamw": ["packages/ds-kernels/benchmarks/adamw.py"],
+        "imports": ["packages/ds-kernels/benchmarks/imports.py"],
         "codecs": ["packages/ds-kernels/benchmarks/block_codecs.py"],
         "loss": ["packages/ds-kernels/benchmarks/linear_cross_entropy.py"],
         "optimizers": ["packages/ds-kernels/benchmarks/optimizers.py"],

@@ -15,6 +15,7 @@ import argparse
 import os
 import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from datetime import date
@@ -180,6 +181,7 @@ def processor() -> str:
 
 
 def header(rounds: int) -> list[str]:
+    """Return what a report begins with: title, machine, command, and the table's head."""
     versions = ", ".join(installed(name) for name in ("ds-kernels", "torch", "deepspeed"))
     return [
         f"# One AdamW step on a CPU, {date.today()}",
@@ -188,6 +190,7 @@ def header(rounds: int) -> list[str]:
         f"{rounds} rounds, contenders alternating in one process; load average {os.getloadavg()[0]:.1f}.",
         "`ratio` is a contender's time over that of ds-kernels: above 1, ds-kernels is faster. GB/s count",
         "each array once per pass; `y.add_` is the yardstick of what memory gives.",
+        f"`python {' '.join(sys.argv)}`",
         "",
         "| task | elements | threads | contender | median ms | min ms | GB/s | ratio |",
         "|---|---|---|---|---|---|---|---|",
