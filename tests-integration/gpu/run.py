@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 import ds_zero
 from ds_zero.optim import Lamb, Lars, Muon
+import dropout_checks
 import kernel_checks
 import kernel_speed
 from outcome import NotRun
@@ -238,6 +239,7 @@ CHECKS: list[Callable[[torch.device], Any]] = [
     compiled_blocks_agree,
     *kernel_checks.CHECKS,
     *step_checks.CHECKS,
+    *dropout_checks.CHECKS,
     *kernel_speed.CHECKS,
 ]
 

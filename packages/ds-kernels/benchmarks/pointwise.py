@@ -20,7 +20,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from ds_kernels.ops import bias_gelu, bias_swiglu, layer_norm, rms_norm
+from ds_kernels.ops import (
+    bias_dropout_residual,
+    bias_gelu,
+    bias_swiglu,
+    layer_norm,
+    masked_softmax_dropout,
+    rms_norm,
+)
 from torch import Tensor
 from torch.nn import functional
 
@@ -60,6 +67,21 @@ def tasks() -> Iterator[Task]:
     yield Task("rms_norm", 5, lambda x, r, w, b: rms_norm(x, w)[:1], plain_rms_norm, False)
     yield Task("residual + layer_norm", 8, lambda x, r, w, b: layer_norm(x, w, b, residual=r), add_layer_norm, True)
     yield Task("residual + rms_norm", 8, lambda x, r, w, b: rms_norm(x, w, residual=r), add_rms_norm, True)
+    for p in (0.1, 0.0):
+        yield Task(
+            f"bias + dropout {p} + residual",
+            5 if p else 4,
+            lambda x, r, w, b, p=p: (bias_dropout_residual(x, b, r, p),),
+            lambda x, r, w, b, p=p: (r + functional.dropout(x + b, p),),
+            True,
+        )
+        yield Task(
+            f"softmax + dropout {p}",
+            6 if p else 5,
+            lambda x, r, w, b, p=p: (masked_softmax_dropout(x, b.detach(), p=p, scale=0.125),),
+            lambda x, r, w, b, p=p: (functional.dropout(functional.softmax(x * 0.125 + b.detach(), -1), p),),
+            False,
+        )
 
 
 def plain_swiglu(x: Tensor, _: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:

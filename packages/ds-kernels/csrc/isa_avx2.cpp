@@ -5,6 +5,8 @@
 
 // Before the pragma: functions of the standard library must not be compiled for these instructions, because
 // the linker may keep this copy for the whole module.
+#include <immintrin.h>
+
 #include <cstdint>
 #include <cstring>
 #include <type_traits>

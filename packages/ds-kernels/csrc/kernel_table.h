@@ -3,10 +3,12 @@
 
 #include "activation_table.h"
 #include "codec_table.h"
+#include "dropout_table.h"
 #include "loss_table.h"
 #include "norm_table.h"
 #include "optimizer_table.h"
 #include "reduction_table.h"
+#include "softmax_table.h"
 #include "state_table.h"
 
 namespace ds_kernels {
@@ -15,10 +17,12 @@ struct KernelTable {
     const char* name;
     ActivationTable activations;
     CodecTable codecs;
+    DropoutTable dropout;
     LossTable losses;
     NormTable norms;
     OptimizerTable optimizers;
     ReductionTable reductions;
+    SoftmaxTable softmaxes;
     StateTable states;
 };
 

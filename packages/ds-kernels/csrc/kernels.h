@@ -24,9 +24,11 @@ struct Kernels {
 
 void bind_activations(pybind11::class_<Kernels>& kernels);
 void bind_codecs(pybind11::class_<Kernels>& kernels);
+void bind_dropout(pybind11::class_<Kernels>& kernels);
 void bind_losses(pybind11::class_<Kernels>& kernels);
 void bind_norms(pybind11::class_<Kernels>& kernels);
 void bind_optimizers(pybind11::class_<Kernels>& kernels);
 void bind_reductions(pybind11::class_<Kernels>& kernels);
+void bind_softmax(pybind11::class_<Kernels>& kernels);
 
 }  // namespace ds_kernels

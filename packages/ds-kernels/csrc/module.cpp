@@ -43,8 +43,10 @@ PYBIND11_MODULE(_native, module) {
     kernels.def(py::init(&ds_kernels::kernels_of));
     ds_kernels::bind_activations(kernels);
     ds_kernels::bind_codecs(kernels);
+    ds_kernels::bind_dropout(kernels);
     ds_kernels::bind_losses(kernels);
     ds_kernels::bind_norms(kernels);
     ds_kernels::bind_optimizers(kernels);
     ds_kernels::bind_reductions(kernels);
+    ds_kernels::bind_softmax(kernels);
 }

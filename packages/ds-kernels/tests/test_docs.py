@@ -46,7 +46,7 @@ def test_the_readmes_programs_run():
     if not readme.exists():
         pytest.skip("there is no README.md beside the tests")
     programs = re.findall(r"```python\n(.*?)```", readme.read_text(), re.DOTALL)
-    assert len(programs) == 8
+    assert len(programs) == 9
     for program in programs:
         with use_backend("reference"):
             exec(compile(program, str(readme), "exec"), {})

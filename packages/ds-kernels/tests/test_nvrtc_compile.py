@@ -35,6 +35,8 @@ BOUNDS = {
     "bias_swiglu.cuh": Bound(64, shared=4 * 1024),
     "norm.cuh": Bound(96, shared=8 * 1024),  # rows are kept in registers
     "block_codec.cuh": Bound(64, shared=36 * 1024),
+    "bias_dropout.cuh": Bound(64, shared=4 * 1024),
+    "softmax.cuh": Bound(104, shared=1024),  # rows are kept in registers; two blocks of 256 threads fit, as with 96
 }
 
 

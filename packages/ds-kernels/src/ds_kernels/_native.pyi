@@ -5,6 +5,7 @@ from typing import TypeAlias
 _Operand: TypeAlias = tuple[int, int, int]  # data, extra, codec
 # param, grad, states, copy, zero_grad, numel, threads
 _Arrays: TypeAlias = tuple[_Operand, _Operand, list[_Operand], _Operand, bool, int, int]
+_Key: TypeAlias = tuple[int, int, float]  # seed, threshold, scale
 _LambNumbers: TypeAlias = tuple[int, float, float, float, float, float, float]
 
 def isas() -> list[str]: ...
@@ -41,6 +42,39 @@ class Kernels:
         rows: int,
         columns: int,
         x_format: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def bias_dropout(
+        self,
+        tensors: tuple[int, int, int, int],
+        shape: tuple[int, int],
+        key: _Key,
+        x_format: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def bias_dropout_backward(
+        self, tensors: tuple[int, int, int], shape: tuple[int, int], key: _Key, x_format: int, threads: int, /
+    ) -> None: ...
+    def softmax(
+        self,
+        tensors: tuple[int, int, int, int],
+        shape: tuple[int, int, int, int],
+        strides: tuple[int, int, int],
+        form: tuple[float, bool],
+        key: _Key,
+        scores_format: int,
+        threads: int,
+        /,
+    ) -> None: ...
+    def softmax_backward(
+        self,
+        tensors: tuple[int, int, int],
+        shape: tuple[int, int, int, int],
+        form: tuple[float, bool],
+        key: _Key,
+        grad_format: int,
         threads: int,
         /,
     ) -> None: ...

@@ -157,7 +157,7 @@ class CpuBackend:
 @functools.cache
 def _families() -> Mapping[str, Callable[..., Any]]:
     # Imported at the first use, so that importing the package stays cheap.
-    from .native import activations, codecs, losses, norms, optimizers
+    from .native import activations, codecs, dropout, losses, norms, optimizers, softmax
 
-    families = (activations, codecs, losses, norms, optimizers)
+    families = (activations, codecs, dropout, losses, norms, optimizers, softmax)
     return MappingProxyType({op: kernel for family in families for op, kernel in family.KERNELS.items()})

@@ -144,7 +144,7 @@ def _sums() -> ModuleType:
 
 @functools.cache
 def _families() -> Mapping[str, Callable[..., Any]]:
-    from .plain import activations, codecs, linear, losses, norms
+    from .plain import activations, codecs, dropout, linear, losses, norms, softmax
 
-    families = (activations, codecs, linear, losses, norms, _optimizers())
+    families = (activations, codecs, dropout, linear, losses, norms, softmax, _optimizers())
     return MappingProxyType({op: kernel for family in families for op, kernel in family.KERNELS.items()})

@@ -182,7 +182,7 @@ def _check(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None
 
 
 def _fake_statistic(x: Tensor) -> Tensor:
-    return x.new_empty(x.shape[:-1], dtype=torch.float32)
+    return x.new_empty(x.shape[:-1], dtype=torch.promote_types(x.dtype, torch.float32))
 
 
 def _fake_weight(x: Tensor, weight: Tensor | None) -> Tensor:

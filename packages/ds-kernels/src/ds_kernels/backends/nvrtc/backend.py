@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from . import activations, codecs, norms, optimizers, reductions
+from . import activations, codecs, dropout, norms, optimizers, reductions, softmax
 from .kernel import FORMATS
 from .launcher import Launcher, cuda_launcher
 
@@ -42,7 +42,7 @@ class NvrtcBackend:
         """Return the kernel of ``op`` for tensors in a GPU's memory; None where there is none."""
         if device.type != self.launcher.device_type or dtype not in FORMATS:
             return None
-        for family in (optimizers, reductions, activations, norms, codecs):
+        for family in (optimizers, reductions, activations, norms, dropout, softmax, codecs):
             if (kernel := family.KERNELS.get(op)) is not None:
                 return functools.partial(kernel, self.launcher)
         return None

@@ -9,10 +9,12 @@ import torch
 from ..payload import DIGITS, Layout
 from .activations import bias_gelu_kernel, bias_swiglu_kernel
 from .codecs import ROOMS, decode_kernel, encode_kernel
+from .dropout import bias_dropout_kernel
 from .kernel import FORMATS, Kernel
 from .norms import norm_kernel, norm_weights_kernel
 from .optimizers import FORMULAS
 from .reductions import chunk_sumsq_kernel, tree_sum_kernel
+from .softmax import softmax_kernel
 from .steps import step_kernel
 
 
@@ -40,6 +42,8 @@ def all_kernels() -> list[Kernel]:
         *(encode_kernel(x, layout) for x, layout in product(FORMATS, layouts)),
         *(decode_kernel(out, layout, accumulate=False) for out, layout in product(FORMATS, layouts)),
         *(decode_kernel(torch.float32, layout, accumulate=True) for layout in layouts),
+        *(bias_dropout_kernel(x, backward=b) for x, b in product(FORMATS, both)),
+        *(softmax_kernel(x, threads=t, backward=b) for x, t, b in product(FORMATS, (64, 256), both)),
     ]
 
 

@@ -13,9 +13,7 @@ from torch import Tensor
 from ..checks import check_device
 from .kernel import FORMATS, Kernel
 from .launcher import Launcher
-from .tiles import TILE_THREADS, rows_and_columns, tiles
-
-_LONG_ROW = 1024  # from here on, a row keeps 256 threads busy
+from .tiles import TILE_THREADS, row_threads, rows_and_columns, tiles
 
 
 class _NormArgs(ctypes.Structure):
@@ -106,7 +104,7 @@ def _norm(
     out, total = torch.empty_like(x), x.new_empty(0) if residual is None else torch.empty_like(x)
     scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
     if rows:
-        kernel = norm_kernel(x.dtype, layer=mean is not None, threads=_threads(columns), backward=False)
+        kernel = norm_kernel(x.dtype, layer=mean is not None, threads=row_threads(columns), backward=False)
         pointers = (x, residual, weight, bias, out, None if residual is None else total, mean, scale)
         launch(kernel, x.device, (rows, 1), _NormArgs(*map(_address, pointers), columns, eps))
     return out, total, scale
@@ -121,7 +119,7 @@ def _norm_backward(
     rows, columns = rows_and_columns(x)
     grad_x, layer = torch.empty_like(x), mean is not None
     if rows:
-        kernel = norm_kernel(x.dtype, layer=layer, threads=_threads(columns), backward=True)
+        kernel = norm_kernel(x.dtype, layer=layer, threads=row_threads(columns), backward=True)
         pointers = map(_address, (grad, grad_sum, x, weight, mean, scale, grad_x))
         launch(kernel, x.device, (rows, 1), _NormBackwardArgs(*pointers, columns))
     if weight is None:
@@ -134,10 +132,6 @@ def _norm_backward(
         launch(norm_weights_kernel(x.dtype, layer=layer), x.device, blocks, args)
     grad_weight, *grad_bias = sums.sum(1).to(weight.dtype)
     return grad_x, grad_weight, grad_bias[0] if layer else x.new_empty(0)
-
-
-def _threads(columns: int) -> int:
-    return 256 if columns > _LONG_ROW else 64
 
 
 def _contiguous(tensor: Tensor | None) -> Tensor | None:

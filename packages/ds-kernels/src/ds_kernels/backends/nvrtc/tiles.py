@@ -1,4 +1,4 @@
-"""How kernels that sum over rows cut a matrix: tiles of columns, slabs of rows."""
+"""How kernels cut a matrix: rows, or tiles of columns and slabs of rows where they sum over rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,13 @@ TILE_THREADS = 256
 
 _TILE_COLUMNS = 32 * PACKET
 _TILE_ROWS = 8
+_LONG_ROW = 1024  # from here on, a row keeps 256 threads busy
 _WANTED_BLOCKS = 2048  # several for each multiprocessor of any GPU
+
+
+def row_threads(columns: int) -> int:
+    """Return how many threads take one row."""
+    return 256 if columns > _LONG_ROW else 64
 
 
 def rows_and_columns(x: Tensor) -> tuple[int, int]:

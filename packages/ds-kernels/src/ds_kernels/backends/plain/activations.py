@@ -44,7 +44,7 @@ def _halves(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def _over_rows(grad: Tensor, bias: Tensor) -> Tensor:
     rows = grad.reshape(math.prod(grad.shape[:-1]), grad.shape[-1])
-    return rows.sum(0, dtype=torch.float32).to(bias.dtype)
+    return rows.sum(0, dtype=torch.promote_types(rows.dtype, torch.float32)).to(bias.dtype)
 
 
 KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(

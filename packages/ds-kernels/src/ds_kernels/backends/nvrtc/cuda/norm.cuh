@@ -1,15 +1,12 @@
 // LayerNorm and RMSNorm of the rows of x + residual, forward and backward.
 //
-// One block takes one row. A thread keeps its first packets in registers, so rows of up to 16 elements a thread are read
-// from memory once; the rest of a longer row is read again, from a cache. The gradients of weight and bias are sums over
-// rows: a kernel of their own goes down slabs of rows as in bias_gelu.cuh. All sums have a fixed order.
+// One block takes one row; see row_walk.cuh. The gradients of weight and bias are sums over rows: a kernel of their own
+// goes down slabs of rows as in column_tile.cuh. All sums have a fixed order.
 #pragma once
 
-#include "packet.cuh"
+#include "row_walk.cuh"
 
 namespace ds_kernels {
-
-constexpr int kKept = 4;  // packets of a row that a thread keeps
 
 struct NormArgs {
     const void* x;
@@ -46,63 +43,6 @@ struct NormWeightsArgs {
     Size columns;
     Size slab;  // rows of a slab
 };
-
-// Given to all threads of the block, the same bits to each.
-template <int threads>
-__device__ inline float block_sum(float value) {
-    __shared__ float warps[threads / 32];
-#pragma unroll
-    for (int apart = 16; apart > 0; apart /= 2) value += __shfl_xor_sync(~0u, value, apart);
-    if constexpr (threads == 32) {
-        return value;
-    } else {
-        __syncthreads();  // the sum before this one has been read
-        if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
-        __syncthreads();
-        float sum = warps[0];
-#pragma unroll
-        for (int i = 1; i < threads / 32; ++i) sum += warps[i];
-        return sum;
-    }
-}
-
-// The packets of one row that one thread has: `body(column, count, packet)` for each, a packet kept where it fits.
-template <int threads>
-struct RowWalk {
-    Size columns;
-    bool aligned;
-
-    template <class Body>
-    __device__ void each(Body body) const {
-#pragma unroll
-        for (int k = 0; k < kKept; ++k) visit((Size(k) * threads + threadIdx.x) * kPacket, k, body);
-        for (Size at = (Size(kKept) * threads + threadIdx.x) * kPacket; at < columns; at += threads * kPacket) {
-            visit(at, kKept, body);
-        }
-    }
-
-  private:
-    template <class Body>
-    __device__ void visit(Size column, int k, Body body) const {
-        if (column < columns) {
-            const int count = columns - column < kPacket ? int(columns - column) : kPacket;
-            body(column, k, aligned && count == kPacket, count);
-        }
-    }
-};
-
-template <class Format>
-__device__ inline Packet load_or(const void* base, Size at, bool whole, int count, float otherwise) {
-    if (base == nullptr) {
-        return Packet{{otherwise, otherwise, otherwise, otherwise}};
-    }
-    return load<Format>(static_cast<const typename Format::Storage*>(base) + at, whole, count);
-}
-
-template <class Format>
-__device__ inline bool aligned_or_null(const void* base) {
-    return packet_aligned<Format>(static_cast<const typename Format::Storage*>(base));
-}
 
 template <class Format, bool layer, int threads>
 __device__ inline void norm(const NormArgs& args) {

@@ -1,0 +1,34 @@
+"""Where the seeds of dropout come from.
+
+[Note: Seeds]
+Each forward pass that drops something draws one 63-bit seed from torch's default generator of the tensor's device. So
+masks are fresh, ``torch.manual_seed`` repeats a run, and activation checkpointing, which puts generators back before it
+computes again, gives the same bits; an engine that keys generators keys dropout, too. The seed is a tensor on the
+device: no device is waited for, a captured CUDA graph draws anew at each replay, and 8 bytes are all that the backward
+pass keeps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_LARGEST = (1 << 63) - 1
+
+
+def seed_for(x: Tensor, p: float, seed: Tensor | None, *, training: bool) -> Tensor | None:
+    """Return the seed of a dropout of ``x``: the caller's or a new one; None where nothing is dropped.
+
+    Raises:
+        ValueError: If ``p`` is no probability below 1, or ``seed`` not a number on the device of ``x``.
+    """
+    if not 0 <= p < 1:
+        raise ValueError(f"p must be at least 0 and below 1; got {p}")
+    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device):
+        raise ValueError(
+            f"seed must be one int64 number on {x.device}, of shape (); got {seed.dtype} of shape "
+            f"{tuple(seed.shape)} on {seed.device}"
+        )
+    if p == 0 or not training:
+        return None
+    return torch.randint(_LARGEST, (), dtype=torch.int64, device=x.device) if seed is None else seed
