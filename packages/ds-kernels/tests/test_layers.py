@@ -6,9 +6,11 @@ import itertools
 
 import pytest
 import torch
+from ds_kernels.backends.plain.philox import element_numbers
 from ds_kernels.layers import TransformerConfig, TransformerLayer
 from torch import nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 HIDDEN, HEADS, TOKENS = 24, 3, 11
 NAMES = {  # torch's names for norms before, without the norms
@@ -125,11 +127,133 @@ class SwiGlu(nn.Module):
         return functional.linear(functional.silu(gate) * value, self.output_w)
 
 
+class Unfused:
+    """A layer written down in torch operations, with the masks that the layer's seeds give."""
+
+    def __init__(self, layer, dtype):
+        self.layer, self.config, self.dtype = layer, layer.config, dtype
+        self.weights = {name: p.detach().to(dtype).requires_grad_() for name, p in layer.named_parameters()}
+
+    def __call__(self, x, seen=None):
+        weights, pre = self.weights, self.config.pre_layer_norm
+        attended = self.attention(self.norm(x, "norm_") if pre else x, seen)
+        x = x + self.dropped(attended + weights["attn_ob"], self.config.hidden_dropout_ratio)
+        x = x if pre else self.norm(x, "attn_n")
+        inner = functional.linear(self.norm(x, "attn_n") if pre else x, weights["inter_w"], weights["inter_b"])
+        if self.config.activation == "swiglu":
+            gate, value = inner.chunk(2, -1)
+            inner = functional.silu(gate) * value
+        else:
+            inner = functional.gelu(inner, approximate="tanh" if self.config.activation == "gelu_tanh" else "none")
+        fed = functional.linear(inner, weights["output_w"], weights["output_b"])
+        x = x + self.dropped(fed, self.config.hidden_dropout_ratio)
+        return x if pre else self.norm(x, "norm_")
+
+    def attention(self, x, seen):
+        batch, tokens, _ = x.shape
+        together = functional.linear(x, self.weights["attn_qkvw"], self.weights["attn_qkvb"])
+        query, key, value = together.view(batch, tokens, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+        scores = query @ key.transpose(-2, -1) / query.shape[-1] ** 0.5
+        if seen is not None:
+            scores = scores.masked_fill(~seen, -torch.inf)
+        if self.config.causal:
+            scores = scores.masked_fill(torch.ones(tokens, tokens, dtype=torch.bool).triu(1), -torch.inf)
+        weights = self.dropped(scores.softmax(-1), self.config.attn_dropout_ratio)
+        return functional.linear((weights @ value).transpose(1, 2).reshape(x.shape), self.weights["attn_ow"])
+
+    def norm(self, x, stem):
+        weight, bias, eps = self.weights[f"{stem}w"], self.weights.get(f"{stem}b"), self.config.layer_norm_eps
+        if self.config.norm == "rms_norm":
+            return x * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * weight
+        return functional.layer_norm(x, weight.shape, weight, bias, eps)
+
+    def dropped(self, x, p):
+        if p == 0 or not self.layer.training:
+            return x
+        numbers = element_numbers(torch.randint(2**63 - 1, ()), x.numel()).view(x.shape)
+        return x * (numbers >= round(p * 2**16)) / (1 - p)
+
+    def run(self, x, upstream, *args):
+        leaf = x.to(self.dtype, copy=True).requires_grad_()
+        out = self(leaf, *args)
+        out.backward(upstream.to(self.dtype))
+        return {"out": out.detach(), "x": leaf.grad, **{name: w.grad for name, w in self.weights.items()}}
+
+
+SHAPES = {
+    "bert": {"pre_layer_norm": False},
+    "gpt": {"causal": True, "activation": "gelu_tanh"},
+    "llama": {"causal": True, "activation": "swiglu", "norm": "rms_norm", "intermediate_size": 40},
+}
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [{}, {"hidden_dropout_ratio": 0.25, "attn_dropout_ratio": 0.125}], ids=bool)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_the_layer_written_down(dtype, shape, dropout, masked):
+    layer = made(**SHAPES[shape], **dropout).to(dtype)
+    x, upstream = torch.randn(2, 2, TOKENS, HIDDEN).to(dtype)
+    args = (masks_of("bool")[0],) if masked else ()
+    results = []
+    for kind in (dtype, torch.float64):
+        torch.manual_seed(6)
+        results.append(Unfused(layer, kind).run(x, upstream, *args))
+    torch.manual_seed(6)
+    got = run(layer, x, upstream, dtype, *args)
+    if dtype == torch.float64:
+        torch.testing.assert_close(got, results[1], rtol=1e-9, atol=1e-9)
+    else:
+        no_worse(got, *results)
+
+
 def test_swiglu_is_what_it_says():
     layer = made(activation="swiglu", intermediate_size=40)
     assert layer.inter_w.shape == (80, HIDDEN)
     x = torch.randn(2, TOKENS, HIDDEN)
-    torch.testing.assert_close(layer._feed_forward(x), SwiGlu(layer)(x))
+    torch.testing.assert_close(layer._feed_forward(x), SwiGlu(layer)(x) + layer.output_b)
+
+
+@pytest.mark.parametrize("settings", [{}, {"pre_layer_norm": False}, {"norm": "rms_norm"}], ids=str)
+def test_names_of_the_state(settings):
+    stems = ["attn_qkv", "attn_o", "attn_n", "inter_", "output_", "norm_"]
+    names = [f"{stem}{kind}" for stem in stems for kind in "wb"]
+    without = ["attn_nb", "norm_b"] if "norm" in settings else []
+    assert list(made(**settings).state_dict()) == [name for name in names if name not in without]
+
+
+@pytest.mark.parametrize("settings", [{}, {"pre_layer_norm": False, "gelu_checkpoint": True}], ids=str)
+def test_a_checkpointed_layer_has_the_same_bits(settings):
+    layer = made(hidden_dropout_ratio=0.2, attn_dropout_ratio=0.2, causal=True, **settings)
+    x = torch.randn(2, TOKENS, HIDDEN, requires_grad=True)
+    results = []
+    for again in (False, True):
+        torch.manual_seed(8)
+        out = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *layer.parameters()])])
+    assert all(map(torch.equal, *results))
+
+
+def test_stochastic_mode_leaves_attention_with_dropout_to_torch(monkeypatch, caplog):
+    calls = []
+    attention = functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional, "scaled_dot_product_attention", lambda *a, **k: calls.append(k["dropout_p"]) or attention(*a, **k)
+    )
+    x = torch.randn(2, TOKENS, HIDDEN)
+    keyed, stochastic = (made(attn_dropout_ratio=0.5, stochastic_mode=mode) for mode in (False, True))
+    stochastic.load_state_dict(keyed.state_dict())
+    keyed(x)
+    assert calls == []
+    stochastic(x)
+    assert calls == [0.5]
+    torch.testing.assert_close(stochastic.eval()(x), keyed.eval()(x))
+    assert calls == [0.5, 0.0, 0.0]
+    assert not caplog.records
+    made(stochastic_mode=True)
+    assert [record.message for record in caplog.records] == [
+        "stochastic_mode=True has no effect with attn_dropout_ratio=0"
+    ]
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
@@ -165,13 +289,25 @@ def test_dropout_is_for_training_only_and_drawn_from_the_seed():
     assert torch.equal(out(1), out(2))
 
 
-@pytest.mark.parametrize("settings", [{"causal": True}, {"pre_layer_norm": False}, {"gelu_checkpoint": True}], ids=str)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"causal": True},
+        {"pre_layer_norm": False, "hidden_dropout_ratio": 0.2, "attn_dropout_ratio": 0.2},
+        {"gelu_checkpoint": True},
+    ],
+    ids=str,
+)
 def test_compiled_whole(settings):
     layer = made(**settings)
     x = torch.randn(2, TOKENS, HIDDEN)
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
-    torch.testing.assert_close(compiled(x), layer(x))
-    compiled(x).sum().backward()
+    results = []
+    for function in (layer, compiled):
+        torch.manual_seed(3)
+        results.append(function(x))
+    torch.testing.assert_close(*results)
+    results[1].sum().backward()
 
 
 def test_a_token_sees_nothing_ahead():
@@ -200,5 +336,5 @@ def test_what_does_not_fit_is_named():
         TransformerConfig(hidden_size=24, heads=3, activation="relu")
     with pytest.raises(ValueError, match=r"attn_dropout_ratio must be at least 0 and below 1; got 1\.0"):
         TransformerConfig(hidden_size=24, heads=3, attn_dropout_ratio=1.0)
-    with pytest.raises(NotImplementedError, match=r"stochastic_mode=True asks for .* would change nothing"):
-        TransformerConfig(hidden_size=24, heads=3, stochastic_mode=True)
+    with pytest.raises(ValueError, match="norm must be 'layer_norm' or 'rms_norm'; got 'batch_norm'"):
+        TransformerConfig(hidden_size=24, heads=3, norm="batch_norm")

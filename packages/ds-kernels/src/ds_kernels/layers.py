@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from dataclasses import dataclass
 
@@ -10,9 +11,11 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from .ops import bias_gelu
+from .ops import bias_dropout_residual, bias_gelu, bias_swiglu, layer_norm, masked_softmax_dropout, rms_norm
 
 __all__ = ["TransformerConfig", "TransformerLayer"]
+
+_logger = logging.getLogger(__package__)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -48,11 +51,16 @@ class TransformerConfig:
     """Whether the activation is computed again in the backward pass: one tensor of ``intermediate_size`` less is kept
     for each token, for one more pass over memory. Results are the same to the bit."""
     stochastic_mode: bool = False
-    """True is refused: no kernel here is faster for giving up that results repeat."""
+    """Whether attention with dropout, too, is torch's ``scaled_dot_product_attention``, whose fused GPU kernels never
+    hold the scores. Given up for it: which attention weights are dropped then depends on device, data type and shape,
+    and no longer on the seed alone; and those kernels may add up gradients in an order that changes from run to run.
+    Nothing else changes; without attention dropout, nothing at all. On a CPU nothing is won."""
     causal: bool = False
     """Whether a token attends only to itself and those before it."""
     activation: str = "gelu"
     """``gelu``, ``gelu_tanh`` or ``swiglu``; the latter has two maps in, gate and value."""
+    norm: str = "layer_norm"
+    """``layer_norm`` or ``rms_norm``; the latter has no biases."""
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.heads:
@@ -62,11 +70,10 @@ class TransformerConfig:
         for name in ("attn_dropout_ratio", "hidden_dropout_ratio"):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 0 and below 1; got {getattr(self, name)}")
-        if self.stochastic_mode:
-            raise NotImplementedError(
-                "stochastic_mode=True asks for kernels that are faster and whose results vary from run to run; no "
-                "kernel here has such a variant, so it would change nothing; leave it out"
-            )
+        if self.norm not in ("layer_norm", "rms_norm"):
+            raise ValueError(f"norm must be 'layer_norm' or 'rms_norm'; got {self.norm!r}")
+        if self.stochastic_mode and self.attn_dropout_ratio == 0:
+            _logger.warning("stochastic_mode=True has no effect with attn_dropout_ratio=0")
 
     @property
     def inner_size(self) -> int:
@@ -77,16 +84,16 @@ class TransformerConfig:
 class TransformerLayer(nn.Module):
     """Attention and feed-forward, each with a norm, dropout and a residual.
 
-    The activation with its bias is an op of this package; attention is torch's ``scaled_dot_product_attention``, and
-    maps and norms are torch's. Parameters have the names, shapes and places of
-    DeepSpeed's transformer layer, so that its weights load; with ``swiglu``, ``inter_w`` has the gate's rows first,
-    then the value's.
+    Everything but the maps and attention without dropout is ops of this package: norms, which take in the addition of
+    the residual where nothing is dropped, biases with activations, and biases with dropout and residual. Attention is
+    torch's ``scaled_dot_product_attention``; with dropout it is two products around ``masked_softmax_dropout``, which
+    hold ``2 * heads * tokens**2`` numbers for each sequence until the backward pass, so that all masks follow from the
+    seeds, which come from torch's generator (see ``ops/seeds.py``): ``stochastic_mode`` gives that up. Parameters have
+    the names, shapes and places of DeepSpeed's transformer layer, so that its weights load; with ``swiglu``,
+    ``inter_w`` has the gate's rows first, then the value's.
 
     Args:
         config: Settings.
-
-    Raises:
-        NotImplementedError: For ``stochastic_mode``.
 
     Example:
         >>> layer = TransformerLayer(TransformerConfig(hidden_size=16, heads=2, causal=True))
@@ -105,10 +112,10 @@ class TransformerLayer(nn.Module):
         entries = 2 * inner if config.activation == "swiglu" else inner
         self.attn_qkvw, self.attn_qkvb = _map(hidden, 3 * hidden)
         self.attn_ow, self.attn_ob = _map(hidden, hidden)
-        self.attn_nw, self.attn_nb = _norm(hidden)  # after attention
+        self.attn_nw, self.attn_nb = _norm(hidden, config.norm)  # after attention
         self.inter_w, self.inter_b = _map(hidden, entries)
         self.output_w, self.output_b = _map(inner, hidden)
-        self.norm_w, self.norm_b = _norm(hidden)  # before attention, or after feed-forward
+        self.norm_w, self.norm_b = _norm(hidden, config.norm)  # before attention, or after feed-forward
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -124,7 +131,8 @@ class TransformerLayer(nn.Module):
         for scale in (self.attn_nw, self.norm_w):
             nn.init.ones_(scale)
         for bias in (self.attn_qkvb, self.attn_ob, self.attn_nb, self.inter_b, self.output_b, self.norm_b):
-            nn.init.zeros_(bias)
+            if bias is not None:
+                nn.init.zeros_(bias)
 
     def forward(self, hidden_states: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Return the next layer's hidden states.
@@ -138,33 +146,32 @@ class TransformerLayer(nn.Module):
         Returns:
             Like ``hidden_states``.
         """
-        x = hidden_states
+        x, mask, last_norm = hidden_states, attention_mask, (self.norm_w, self.norm_b)
         if self.config.pre_layer_norm:
-            attended = self._attention(self._normalized(x, self.norm_w, self.norm_b), attention_mask)
-            x = self._joined(attended, self.attn_ob, x)
-            return self._joined(self._feed_forward(self._normalized(x, self.attn_nw, self.attn_nb)), self.output_b, x)
-        x = self._joined(self._attention(x, attention_mask), self.attn_ob, x)
-        x = self._normalized(x, self.attn_nw, self.attn_nb)
-        x = self._joined(self._feed_forward(x), self.output_b, x)
-        return self._normalized(x, self.norm_w, self.norm_b)
+            attended = self._attention(self._normalized(x, *last_norm)[0], mask)
+            normalized, x = self._joined(attended, self.attn_ob, x, self.attn_nw, self.attn_nb)
+            return self._added(self._feed_forward(normalized), self.output_b, x)
+        x, _ = self._joined(self._attention(x, mask), self.attn_ob, x, self.attn_nw, self.attn_nb)
+        return self._joined(self._feed_forward(x), self.output_b, x, *last_norm)[0]
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
-        """Return what the tokens see, mapped, without the map's bias."""
+        """Return what the tokens see, mapped into the residual."""
         config, (batch, tokens, hidden) = self.config, x.shape
         together = functional.linear(x, self.attn_qkvw, self.attn_qkvb)
         query, key, value = together.view(batch, tokens, 3, config.heads, -1).permute(2, 0, 3, 1, 4)
-        seen = functional.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            _causal(mask, tokens) if config.causal and mask is not None else mask,
-            dropout_p=config.attn_dropout_ratio if self.training else 0.0,
-            is_causal=config.causal and mask is None,
-        )
-        return functional.linear(seen.transpose(1, 2).reshape(batch, tokens, hidden), self.attn_ow)
+        p = config.attn_dropout_ratio if self.training else 0.0
+        if p > 0 and not config.stochastic_mode:
+            scale = 1 / math.sqrt(query.shape[-1])
+            scores = query @ key.transpose(-2, -1)
+            seen = masked_softmax_dropout(scores, mask, p=p, scale=scale, causal=config.causal) @ value
+        else:
+            joined = _causal(mask, tokens) if config.causal and mask is not None else mask
+            is_causal = config.causal and mask is None
+            seen = functional.scaled_dot_product_attention(query, key, value, joined, dropout_p=p, is_causal=is_causal)
+        return self._mapped(seen.transpose(1, 2).reshape(batch, tokens, hidden), self.attn_ow, self.attn_ob)
 
     def _feed_forward(self, x: Tensor) -> Tensor:
-        """Return both maps, without the second one's bias."""
+        """Return both maps, the second one into the residual."""
         inner = functional.linear(x, self.inter_w)
         if self.config.gelu_checkpoint and torch.is_grad_enabled():
             again: Tensor = checkpoint(self._second_map, inner, use_reentrant=False, preserve_rng_state=False)
@@ -173,24 +180,48 @@ class TransformerLayer(nn.Module):
 
     def _second_map(self, inner: Tensor) -> Tensor:
         if self.config.activation == "swiglu":
-            gate, value = (inner + self.inter_b).chunk(2, dim=-1)
-            return functional.linear(functional.silu(gate) * value, self.output_w)
+            return self._mapped(bias_swiglu(inner, self.inter_b), self.output_w, self.output_b)
         approximate = "tanh" if self.config.activation == "gelu_tanh" else "none"
-        return functional.linear(bias_gelu(inner, self.inter_b, approximate=approximate), self.output_w)
+        activated = bias_gelu(inner, self.inter_b, approximate=approximate)
+        return self._mapped(activated, self.output_w, self.output_b)
 
-    def _joined(self, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
-        return residual + functional.dropout(x + bias, self.config.hidden_dropout_ratio, self.training)
+    # Into the residual. Where nothing is dropped, the map adds its bias and the norm adds the residual, for free; else
+    # all three go together.
 
-    def _normalized(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        return functional.layer_norm(x, weight.shape, weight, bias, self.config.layer_norm_eps)
+    def _drops(self) -> bool:
+        return self.training and self.config.hidden_dropout_ratio > 0
+
+    def _mapped(self, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        return functional.linear(x, weight, None if self._drops() else bias)
+
+    def _added(self, x: Tensor, bias: Tensor, residual: Tensor) -> Tensor:
+        if self._drops():
+            return bias_dropout_residual(x, bias, residual, self.config.hidden_dropout_ratio)
+        return bias_dropout_residual(x, None, residual, 0.0)
+
+    def _joined(
+        self, x: Tensor, bias: Tensor, residual: Tensor, norm_weight: Tensor, norm_bias: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the normalized sum of the map ``x`` and ``residual``, and that sum."""
+        if self._drops():
+            return self._normalized(self._added(x, bias, residual), norm_weight, norm_bias)
+        return self._normalized(x, norm_weight, norm_bias, residual)
+
+    def _normalized(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        eps = self.config.layer_norm_eps
+        if self.config.norm == "rms_norm":
+            return rms_norm(x, weight, residual=residual, eps=eps)
+        return layer_norm(x, weight, bias, residual=residual, eps=eps)
 
 
 def _map(entries: int, exits: int) -> tuple[nn.Parameter, nn.Parameter]:
     return nn.Parameter(torch.empty(exits, entries)), nn.Parameter(torch.empty(exits))
 
 
-def _norm(features: int) -> tuple[nn.Parameter, nn.Parameter]:
-    return nn.Parameter(torch.empty(features)), nn.Parameter(torch.empty(features))
+def _norm(features: int, kind: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+    return nn.Parameter(torch.empty(features)), nn.Parameter(torch.empty(features)) if kind == "layer_norm" else None
 
 
 def _causal(mask: Tensor, tokens: int) -> Tensor:
