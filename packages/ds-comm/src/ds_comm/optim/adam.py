@@ -67,3 +67,32 @@ def _corrections(group: Mapping[str, Any], steps: tuple[int, int] | None) -> tup
         return 1.0, 1.0
     first, second = (1 - float(beta) ** step for beta, step in zip(group["betas"], steps, strict=True))
     return first, second
+
+
+class WarmedUpMoments(AdamMoments):
+    """Exchanges gradients until step ``freeze_step``, and later codes, with the variance as it was then."""
+
+    freeze_step: int
+
+    def update(self) -> bool:
+        """Step the parameters; return False, and change nothing, if some rank's gradients are not finite."""
+        step = self.count("step") + 1
+        if not (self.warm_up(step) if step <= self.freeze_step else self.compressed()):
+            return False
+        self.set_counts(step=step)
+        return True
+
+    def warm_up(self, step: int) -> bool:
+        """Do step number ``step``, up to ``freeze_step``; as :meth:`update`."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what a step of the warm-up does")
+
+    def compressed(self) -> bool:
+        """Do a later step; as :meth:`update`."""
+        raise NotImplementedError(f"{type(self).__name__} has to say what a later step does")
+
+
+def checked_freeze_step(freeze_step: int) -> int:
+    """Return ``freeze_step`` if there is a warm-up."""
+    if freeze_step < 1:
+        raise ValueError(f"freeze_step must be at least 1: the variance is made until then; got {freeze_step}")
+    return freeze_step

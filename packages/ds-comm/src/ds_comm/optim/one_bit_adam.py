@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING
 from torch.optim.optimizer import ParamsT
 
 from ..codecs import BlockCodec
-from .adam import AdamMoments
+from .adam import WarmedUpMoments, checked_freeze_step
 from .link import Link
 
 if TYPE_CHECKING:
     from ..codec import Codec
 
 
-class OneBitAdam(AdamMoments):
+class OneBitAdam(WarmedUpMoments):
     """1-bit Adam.
 
     With g the mean gradient over ranks, up to step ``freeze_step``: ``m = beta1 m + (1 - beta1) g`` and ``v = beta2 v +
@@ -73,9 +73,7 @@ class OneBitAdam(AdamMoments):
         codec: Codec | None = None,
         link: Link | None = None,
     ) -> None:
-        if freeze_step < 1:
-            raise ValueError(f"freeze_step must be at least 1: the variance is made until then; got {freeze_step}")
-        self.freeze_step = freeze_step
+        self.freeze_step = checked_freeze_step(freeze_step)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -85,15 +83,8 @@ class OneBitAdam(AdamMoments):
         }
         super().__init__(params, defaults, codec or BlockCodec(code="ternary"), link or Link())
 
-    def update(self) -> bool:
-        """Step the parameters; return False, and change nothing, if some rank's gradients are not finite."""
-        step = self.count("step") + 1
-        if not (self._warm_up(step) if step <= self.freeze_step else self._compressed()):
-            return False
-        self.set_counts(step=step)
-        return True
-
-    def _warm_up(self, step: int) -> bool:
+    def warm_up(self, step: int) -> bool:
+        """Step with the mean gradient."""
         self._flat.gather(self._message)
         if not self.exact_mean():
             return False
@@ -104,7 +95,8 @@ class OneBitAdam(AdamMoments):
             self.fold_corrections((step, step))
         return True
 
-    def _compressed(self) -> bool:
+    def compressed(self) -> bool:
+        """Step with the compressed mean of the momentum."""
         mean = self._buffers["exp_avg"]
         self._flat.lerp(self._message, mean, [1 - beta for beta in self.betas(0)])
         if not self._reducer.reduce(self._message, mean):

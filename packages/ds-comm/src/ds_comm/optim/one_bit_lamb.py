@@ -10,14 +10,14 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..codecs import BlockCodec
-from .adam import AdamMoments
+from .adam import WarmedUpMoments, checked_freeze_step
 from .link import Link
 
 if TYPE_CHECKING:
     from ..codec import Codec
 
 
-class OneBitLamb(AdamMoments):
+class OneBitLamb(WarmedUpMoments):
     """1-bit LAMB.
 
     *Up to step* ``freeze_step``, LAMB with the mean gradient: ``u = m / (sqrt(v) + eps) + weight_decay p``, and for
@@ -88,9 +88,8 @@ class OneBitLamb(AdamMoments):
         codec: Codec | None = None,
         link: Link | None = None,
     ) -> None:
-        if freeze_step < 1:
-            raise ValueError(f"freeze_step must be at least 1: the variance is made until then; got {freeze_step}")
-        self.freeze_step, self.coeff_beta, self.factor_threshold = freeze_step, coeff_beta, factor_threshold
+        self.freeze_step = checked_freeze_step(freeze_step)
+        self.coeff_beta, self.factor_threshold = coeff_beta, factor_threshold
         self.coeff_range, self.factor_range = (min_coeff, max_coeff), (factor_min, factor_max)
         for name, (low, high) in {"coeff": self.coeff_range, "factor": self.factor_range}.items():
             if not 0 <= low <= high:
@@ -104,17 +103,10 @@ class OneBitLamb(AdamMoments):
         }
         super().__init__(params, defaults, codec or BlockCodec(code="ternary"), link or Link())
 
-    def update(self) -> bool:
-        """Step the parameters; return False, and change nothing, if some rank's gradients are not finite."""
-        step = self.count("step") + 1
-        if not (self._warm_up(step) if step <= self.freeze_step else self._compressed()):
-            return False
-        self.set_counts(step=step)
-        return True
-
     # Warm-up #
 
-    def _warm_up(self, step: int) -> bool:
+    def warm_up(self, step: int) -> bool:
+        """Step with the mean gradient."""
         self._flat.gather(self._message)
         if not self.exact_mean():
             return False
@@ -148,7 +140,8 @@ class OneBitLamb(AdamMoments):
 
     # Compressed #
 
-    def _compressed(self) -> bool:
+    def compressed(self) -> bool:
+        """Step with the compressed mean of the momentum."""
         mean, betas = self._buffers["exp_avg"], self.betas(0)
         self._flat.lerp(self._message, mean, [1 - beta for beta in betas])
         self._scale(inverse=False)
