@@ -151,7 +151,8 @@ def surface(session: nox.Session) -> None:
 def bench(session: nox.Session) -> None:
     """Measure: -- train, -- large, -- adamw and so on, and their options (see benchmarks/README.md)."""
     name, *options = session.posargs or ["train"]
-    _install_wheels(session, *WHEELS, extra=["./tests-integration/testkit", "pybind11", "setuptools", "ninja"])
+    tools = ["pybind11", "setuptools", "ninja", "matplotlib"]
+    _install_wheels(session, *WHEELS, extra=["./tests-integration/testkit", *tools])
     session.install("-c", "constraints.txt", "--no-build-isolation", "deepspeed==0.19.8", env={"DS_BUILD_OPS": "0"})
     programs = {
         "train": ["-m", "benchmarks.train"],
@@ -161,6 +162,7 @@ def bench(session: nox.Session) -> None:
         "loss": ["packages/ds-kernels/benchmarks/linear_cross_entropy.py"],
         "optimizers": ["packages/ds-kernels/benchmarks/optimizers.py"],
         "pointwise": ["packages/ds-kernels/benchmarks/pointwise.py"],
+        "state": ["-m", "benchmarks.optimizer_state"],
         "large": ["-m", "benchmarks.large"],
         "slow-link": ["benchmarks/slow_link.py"],
     }

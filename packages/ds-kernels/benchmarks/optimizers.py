@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from adamw import LR, Contender, axpy, header, line, measure, one_pass, three_passes, weight
 from ds_kernels import AdamW, CpuBackend
-from ds_kernels.optim import FusedAdagrad, FusedLamb, FusedLion, FusedSGD
+from ds_kernels.optim import FusedAdagrad, FusedLamb, FusedLion, FusedSGD, StochasticRounding
 from torch import Tensor, nn
 
 NUM_TENSORS = 16  # of one model
@@ -46,6 +46,14 @@ def bf16_model(numel: int, deepspeed: DeepSpeed) -> Iterator[Contender]:
     for moments, moved in (("fp32", 26.0), ("bf16", 18.0), ("int8", 14.25)):
         optimizer = AdamW([weight(numel, torch.bfloat16)], lr=LR, moments=moments, kernels=CpuBackend())
         yield Contender(f"split master, {moments} moments, {state_bytes(optimizer):.4g} B", moved, optimizer.step)
+    rounded = AdamW(
+        [weight(numel, torch.bfloat16)],
+        lr=LR,
+        moments="bf16",
+        rounding=StochasticRounding(),
+        kernels=CpuBackend(),
+    )
+    yield Contender(f"no master, bf16 moments, stochastic, {state_bytes(rounded):.4g} B", 14.0, rounded.step)
     yield one_pass(numel)._replace(name="float32 master and copy, one pass, 12 B")
     yield three_passes("cast, torch fused, copy, 12 B", numel, lambda w: torch.optim.AdamW([w], lr=LR, fused=True))
     fused = torch.optim.AdamW([weight(numel, torch.bfloat16)], lr=LR, fused=True)

@@ -3,6 +3,7 @@
 
 #include <cmath>
 #include <tuple>
+#include <utility>
 #include <vector>
 
 #include "kernels.h"
@@ -125,20 +126,37 @@ LambScalars rounded(const LambNumbers& numbers) {
     return s;
 }
 
-// `squares` holds two sums for each kStepBlock elements.
-void lamb_moments(const Kernels& kernels, const PyArrays& given, Address squares, const LambNumbers& numbers) {
+// Adds up every other number along the tree over blocks in backends/plain/sums.py.
+double tree_sum(const double* sums, std::size_t blocks) {
+    if (blocks == 1) {
+        return sums[0];
+    }
+    if (blocks % 2 == 1) {
+        return tree_sum(sums, blocks - 1) + sums[2 * (blocks - 1)];
+    }
+    return tree_sum(sums, blocks / 2) + tree_sum(sums + blocks, blocks / 2);
+}
+
+// Returns the sums of squares of parameters and directions.
+std::pair<double, double> lamb_moments(const Kernels& kernels, const PyArrays& given, const LambNumbers& numbers) {
     const StepArrays arrays = unpacked(given);
     const LambScalars s = rounded(numbers);
-    double* const out = pointer<double>(squares);
     const auto kernel = kernels.table.optimizers.lamb_moments;
     const std::size_t numel = std::get<5>(given);
     const std::size_t num_blocks = (numel + kStepBlock - 1) / kStepBlock;
+    if (num_blocks == 0) {
+        return {0.0, 0.0};
+    }
     const py::gil_scoped_release unlocked;
+    std::vector<double> squares(2 * num_blocks);
     // Slices of whole blocks: the sums of a block do not depend on the number of threads.
     for_slices(num_blocks, kStepBlock, std::get<6>(given), [&](std::size_t begin, std::size_t end) {
         for_blocks(kernels.table.states, arrays, {false, true}, begin * kStepBlock, std::min(numel, end * kStepBlock),
-                   [&](const StepBlock& block, std::size_t at) { kernel(block, s, out + at / kStepBlock * 2); });
+                   [&](const StepBlock& block, std::size_t at) {
+                       kernel(block, s, squares.data() + at / kStepBlock * 2);
+                   });
     });
+    return {tree_sum(squares.data(), num_blocks), tree_sum(squares.data() + 1, num_blocks)};
 }
 
 void lamb_step(const Kernels& kernels, const PyArrays& arrays, const LambNumbers& numbers) {

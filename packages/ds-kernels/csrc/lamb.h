@@ -7,7 +7,6 @@
 #include <cstddef>
 
 #include "adam.h"
-#include "chunk_sumsq.h"
 #include "float_format.h"
 #include "optimizer_table.h"
 
@@ -17,32 +16,82 @@ inline float lamb_direction(float p, float m, float v, const ds_kernels::LambSca
     return __builtin_fmaf(s.weight_decay, p, s.moment_factor * m / (__builtin_sqrtf(v) + s.eps));
 }
 
-// Up to kSquareChunk elements; the sums of squares of parameters and directions go to squares[0] and squares[1].
-inline void lamb_moments(const ds_kernels::StepBlock& block, const ds_kernels::LambScalars& scalars, double* squares) {
-    const float* const param = block.param;
-    const float* const grad = block.grad;
-    float* const exp_avg = block.states[0];
-    float* const exp_avg_sq = block.states[1];
-    const ds_kernels::LambScalars s = scalars;
-    float weights[ds_kernels::kStepBlock];
-    float directions[ds_kernels::kStepBlock];
+// Squares of a block are added along the tree of chunk_sumsq.h: in leaves of 64 elements, i meets i + 32, then sums 16, 8,
+// 4, 2 and 1 apart meet; then leaves meet. Squares are taken in the loop that updates the moments, so that they pass
+// while roots and quotients are waited for.
+constexpr std::size_t kHalfLeaf = 32;
+constexpr std::size_t kLeaves = ds_kernels::kStepBlock / (2 * kHalfLeaf);
+
+// Adds up the rows of a block, each along the tree of a leaf; all rows take one step at a time, so that they overlap.
+inline double sum_of_leaves(double (*rows)[kHalfLeaf]) {
+    for (std::size_t apart = kHalfLeaf / 2; apart >= 4; apart /= 2) {
+        for (std::size_t leaf = 0; leaf < kLeaves; ++leaf) {
+            double* const sums = rows[leaf];
+#pragma omp simd
+            for (std::size_t i = 0; i < apart; ++i) {
+                sums[i] += sums[i + apart];
+            }
+        }
+    }
+    double leaf[kLeaves];
+    for (std::size_t i = 0; i < kLeaves; ++i) {
+        leaf[i] = (rows[i][0] + rows[i][2]) + (rows[i][1] + rows[i][3]);
+    }
+    static_assert(kLeaves == 8, "the tree below has eight leaves");
+    return ((leaf[0] + leaf[1]) + (leaf[2] + leaf[3])) + ((leaf[4] + leaf[5]) + (leaf[6] + leaf[7]));
+}
+
+// Elements at ... at + n, at most half a leaf, whose squares are put into the sums, or added to them.
+template <bool add>
+inline void lamb_moments_of_half(const ds_kernels::StepBlock& block, const ds_kernels::LambScalars& s, std::size_t at,
+                                 std::size_t n, double* weights, double* directions) {
+    const float* const param = block.param + at;
+    const float* const grad = block.grad + at;
+    float* const exp_avg = block.states[0] + at;
+    float* const exp_avg_sq = block.states[1] + at;
 
 #pragma omp simd
-    for (std::size_t i = 0; i < block.n; ++i) {
+    for (std::size_t i = 0; i < n; ++i) {
         const float g = grad[i] * s.scale;
         const float p = param[i];
         const float m = lerp(exp_avg[i], g, s.grad_weight);
         const float v = __builtin_fmaf(s.one_minus_beta2 * g, g, exp_avg_sq[i] * s.beta2);
         exp_avg[i] = m;
         exp_avg_sq[i] = v;
-        weights[i] = p;
-        directions[i] = lamb_direction(p, m, v, s);
+        const double weight = p;
+        const double direction = lamb_direction(p, m, v, s);
+        weights[i] = weight * weight + (add ? weights[i] : 0.0);
+        directions[i] = direction * direction + (add ? directions[i] : 0.0);
     }
-    for (std::size_t i = block.n; i < ds_kernels::kStepBlock; ++i) {
-        weights[i] = directions[i] = 0.0f;
+}
+
+// The sums of squares of parameters and directions go to squares[0] and squares[1].
+inline void lamb_moments(const ds_kernels::StepBlock& block, const ds_kernels::LambScalars& scalars, double* squares) {
+    const ds_kernels::LambScalars s = scalars;
+    constexpr std::size_t kLeaf = 2 * kHalfLeaf;
+    alignas(64) double weights[kLeaves][kHalfLeaf];
+    alignas(64) double directions[kLeaves][kHalfLeaf];
+    if (block.n < ds_kernels::kStepBlock) {
+        for (std::size_t leaf = 0; leaf < kLeaves; ++leaf) {
+            for (std::size_t i = 0; i < kHalfLeaf; ++i) {
+                weights[leaf][i] = directions[leaf][i] = 0.0;
+            }
+        }
     }
-    squares[0] = tree_sumsq<Float32>(weights, ds_kernels::kStepBlock / kSquareBlock);
-    squares[1] = tree_sumsq<Float32>(directions, ds_kernels::kStepBlock / kSquareBlock);
+    for (std::size_t leaf = 0; leaf * kLeaf < block.n; ++leaf) {
+        const std::size_t at = leaf * kLeaf;
+        const std::size_t left = block.n - at;
+        if (left >= kLeaf) {
+            lamb_moments_of_half<false>(block, s, at, kHalfLeaf, weights[leaf], directions[leaf]);
+            lamb_moments_of_half<true>(block, s, at + kHalfLeaf, kHalfLeaf, weights[leaf], directions[leaf]);
+        } else {
+            const std::size_t first = left < kHalfLeaf ? left : kHalfLeaf;
+            lamb_moments_of_half<false>(block, s, at, first, weights[leaf], directions[leaf]);
+            lamb_moments_of_half<true>(block, s, at + first, left - first, weights[leaf], directions[leaf]);
+        }
+    }
+    squares[0] = sum_of_leaves(weights);
+    squares[1] = sum_of_leaves(directions);
 }
 
 inline void lamb_step(const ds_kernels::StepBlock& block, const ds_kernels::LambScalars& scalars) {

@@ -18,6 +18,7 @@ import pytest
 from ds_kernels import AdamConfig, AdamHyper, CpuBackend, use_backend
 from ds_kernels.config import LionConfig
 from ds_kernels.hyper import AdagradHyper, LambHyper, LionHyper, SgdHyper
+from ds_kernels.optim import StochasticRounding
 
 MODULES = [
     info.name for info in pkgutil.walk_packages(ds_kernels.__path__, "ds_kernels.") if "_native" not in info.name
@@ -53,7 +54,8 @@ def test_the_readmes_programs_run():
 
 
 @pytest.mark.parametrize(
-    "kind", [AdamConfig, LionConfig, AdamHyper, LionHyper, AdagradHyper, SgdHyper, LambHyper, CpuBackend]
+    "kind",
+    [AdamConfig, LionConfig, AdamHyper, LionHyper, AdagradHyper, SgdHyper, LambHyper, CpuBackend, StochasticRounding],
 )
 def test_every_field_has_a_docstring(kind):
     body = ast.parse(inspect.getsource(kind)).body[0].body

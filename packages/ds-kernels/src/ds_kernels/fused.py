@@ -4,8 +4,9 @@
 The parameter's data type says how its master is kept: float32 is its own master; bfloat16 has an int16 tensor in the
 state, ``master_low``, with which it is a float32 exactly (split), so that steps have the bits of float32 training.
 ``moments`` says how moments are kept: ``fp32`` as torch does, ``bf16``, or ``int8`` with a scale (``<name>_scale``)
-for each 32 elements. A state tells by its data types how it was stored, so any is loaded into any: see
-``load_state_dict``. What the codecs keep is in ``backends/plain/state_codecs.py``.
+for each 32 elements. With ``rounding``, bfloat16 parameters have no master, and they and bfloat16 moments are rounded
+stochastically: see :class:`StochasticRounding`. A state tells by its data types how it was stored, so any is loaded
+into any: see ``load_state_dict``. What the codecs keep is in ``backends/plain/state_codecs.py``.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .registry import Lookup
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
+
+    from .rounding import StochasticRounding
 
 MOMENTS: Mapping[str, tuple[torch.dtype, torch.dtype]] = MappingProxyType(
     {
@@ -47,6 +50,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         params: Parameters, or parameter groups; float32, or bfloat16 with an exact float32 master (see [Note: State]).
         defaults: Settings of groups that do not name their own.
         moments: How moments are stored: ``fp32``, ``bf16`` or ``int8``.
+        rounding: How bfloat16 parameters, then without a master, and bfloat16 moments are rounded; None keeps masters
+            and rounds moments to nearest. int8 codes are always rounded to nearest.
         zero_grad: Set gradients to 0 in the pass that reads them.
         kernels: The backend to run on; None takes the process's choice at each step.
 
@@ -70,12 +75,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         defaults: dict[str, Any],
         *,
         moments: str = "fp32",
+        rounding: StochasticRounding | None = None,
         zero_grad: bool = False,
         kernels: KernelBackend | None = None,
     ) -> None:
         if moments not in MOMENTS:
             raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
         self._codecs = MOMENTS[moments]
+        self._rounding = rounding
+        self._places: dict[Tensor, tuple[int, int]] = {}
+        self.counts_steps = self.counted or rounding is not None
         self.zeroes_grads = zero_grad
         self._kernels = kernels
         super().__init__(params, {**defaults, "update_kind": self.update_kind})
@@ -117,6 +126,41 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         self.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        for param in self.param_groups[-1]["params"]:
+            self._places[param] = len(self._places), 0
+
+    def place(self, param: Tensor, number: int, first: int) -> None:
+        """Say that ``param`` holds the elements from ``first`` on of a whole parameter, for stochastic rounding.
+
+        Then the parts have the bits of the whole, whatever the parts are. Without it, ``number`` counts the parameters
+        of this optimizer, and ``first`` is 0.
+
+        Args:
+            param: One of this optimizer's parameters.
+            number: Tells the whole parameter from others.
+            first: Index of the first element.
+
+        Raises:
+            ValueError: If ``param`` is not of this optimizer, or ``first`` is negative.
+        """
+        if param not in self._places or first < 0:
+            raise ValueError(
+                f"a parameter of this optimizer starts at an index of at least 0; got {first} for one of shape "
+                f"{tuple(param.shape)}, {'known' if param in self._places else 'not known'} here"
+            )
+        self._places[param] = number, first
+
+    def keys_of(self, param: Tensor, names: Sequence[str], step: int) -> Mapping[str, Tensor]:
+        """Return the keys by which step ``step`` rounds, under ``param`` and the moments' names."""
+        if self._rounding is None:
+            return NOTHING.keys
+        number, first = self._places[param]
+        arrays = {"param": param, **{name: self.state[param][name] for name in names}}
+        return {
+            name: self._rounding.key(number, index, step, first=first)
+            for index, (name, array) in enumerate(arrays.items())
+            if array.dtype == torch.bfloat16
+        }
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -151,12 +195,15 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def init_state(self, param: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
         """Return the state of ``param`` before its first step."""
-        state = {"step": torch.tensor(0.0, dtype=torch.float32)} if self.counted else {}
+        state = {"step": torch.tensor(0.0, dtype=torch.float32)} if self.counts_steps else {}
         for name in self.stored(group):
             state |= self._encoded(name, param, torch.full_like(param, self.initial(group), dtype=torch.float32))
-        if param.dtype == torch.bfloat16:
+        if self._has_low(param):
             state[LOW] = torch.zeros_like(param, dtype=torch.int16)
         return state
+
+    def _has_low(self, param: Tensor) -> bool:
+        return param.dtype == torch.bfloat16 and self._rounding is None
 
     def _encoded(self, name: str, param: Tensor, value: Tensor) -> dict[str, Tensor]:
         """Return ``value`` as this optimizer stores the moment ``name``, in tensors of its own."""
@@ -181,10 +228,13 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def set_master(self, param: Tensor, value: Tensor) -> None:
-        """Set ``param`` to the float32 ``value``, exactly: a bfloat16 parameter gets the lower half into its state."""
+        """Set ``param`` to the float32 ``value``, exactly: a bfloat16 parameter gets the lower half into its state.
+
+        Without a master, it is rounded to nearest.
+        """
         from .backends.plain import state_codecs
 
-        if param.dtype != torch.bfloat16:
+        if not self._has_low(param):
             param.copy_(value)
             return
         low = self.state[param].setdefault(LOW, torch.zeros_like(param, dtype=torch.int16))
@@ -197,8 +247,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         Moments are decoded and encoded anew where the codecs differ, and copied where they do not. ``master_low``
         completes bfloat16 parameters; without it in the state (it came from float32 training) it is 0 until
-        :meth:`set_master`; where parameters are float32, they must hold the bfloat16 weights it belongs to, and become
-        the exact masters.
+        :meth:`set_master`, and with ``rounding`` it is dropped; where parameters are float32, they must hold the
+        bfloat16 weights it belongs to, and become the exact masters.
 
         Args:
             state_dict: As ``state_dict()`` returned it; load the model's weights first.
@@ -219,8 +269,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         from .backends.plain import state_codecs
 
         state: dict[str, Tensor] = {}
-        if self.counted:
-            state["step"] = torch.as_tensor(saved["step"], dtype=torch.float32).to("cpu", copy=True)
+        if self.counts_steps:
+            step = saved["step"] if self.counted else saved.get("step", 1.0)
+            state["step"] = torch.as_tensor(step, dtype=torch.float32).to("cpu", copy=True)
         for name in self.stored(group):
             if saved.get(name) is None:  # torch's SGD before its first step
                 continue
@@ -232,9 +283,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             else:
                 state |= self._encoded(name, param, state_codecs.decode(saved[name], scale).view(param.shape))
         low = saved.get(LOW)
-        if param.dtype == torch.bfloat16:
+        if self._has_low(param):
             state[LOW] = torch.zeros_like(param, dtype=torch.int16) if low is None else low.to(param.device, copy=True)
-        elif low is not None:
+        elif low is not None and param.dtype == torch.float32:
             high = param.bfloat16()
             if not torch.equal(high.float(), param):
                 raise ValueError(
@@ -246,7 +297,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # The base class keeps only what a state_dict holds; a copied optimizer needs its backend and codecs, too.
-        own = {name: getattr(self, name) for name in ("_kernels", "_codecs", "zeroes_grads")}
+        names = ("_kernels", "_codecs", "_rounding", "_places", "counts_steps", "zeroes_grads")
+        own = {name: getattr(self, name) for name in names}
         return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -287,19 +339,27 @@ class StateOfParam:
         state: The optimizer's state of the parameter.
         names: Of its moments.
         copy: Copy to refresh from the new parameter, or None.
+        keys: By which bfloat16 arrays are rounded stochastically.
     """
 
-    def __init__(self, state: Mapping[str, Tensor], names: Sequence[str], copy: Tensor | None) -> None:
+    def __init__(
+        self,
+        state: Mapping[str, Tensor],
+        names: Sequence[str],
+        copy: Tensor | None,
+        keys: Mapping[str, Tensor] = NOTHING.keys,
+    ) -> None:
         self.moments = [state[name] for name in names]
         self.copy = copy
         scales = {name: state[f"{name}_scale"] for name in names if f"{name}_scale" in state}
-        beside = Beside(state.get(LOW), scales) if scales or LOW in state else NOTHING
+        beside = Beside(state.get(LOW), scales, keys) if scales or keys or LOW in state else NOTHING
         self._coded = beside is not NOTHING or any(moment.dtype != torch.float32 for moment in self.moments)
         self.beside = {"beside": beside} if self._coded else {}
+        self._rounded = bool(keys)
 
     def op(self, name: str) -> str:
-        """Return the op for this state: backends that know float32 only need not know of codecs."""
-        return f"coded_{name}" if self._coded else name
+        """Return the op for this state: backends that know float32 only need not know of codecs, nor of rounding."""
+        return f"rounded_{name}" if self._rounded else f"coded_{name}" if self._coded else name
 
 
 class GroupStep:
@@ -327,11 +387,12 @@ class GroupStep:
         first = not state or any(name not in state for name in self._names)
         if first:
             state |= {**optimizer.init_state(param, self._group), **state}
-        step = int(state["step"].item()) + 1 if optimizer.counted else 1 if first else 2
+        step = int(state["step"].item()) + 1 if optimizer.counts_steps else 1 if first else 2
         hyper = self._hypers.get(step)
         if hyper is None:
             hyper = optimizer.hyper(self._group, step, self._scale, zero_grad=optimizer.zeroes_grads)
             self._hypers[step] = hyper
-        optimizer.apply(self._kernels, param, grad, StateOfParam(state, self._names, copy), hyper)
-        if optimizer.counted:
+        keys = optimizer.keys_of(param, self._names, step)
+        optimizer.apply(self._kernels, param, grad, StateOfParam(state, self._names, copy, keys), hyper)
+        if optimizer.counts_steps:
             state["step"].fill_(step)

@@ -27,6 +27,8 @@ class Beside(NamedTuple):
 
     low: Tensor | None = None  # int16, with which a bfloat16 parameter is float32
     scales: Mapping[str, Tensor] = MappingProxyType({})  # of int8 and uint8 states, under their names
+    # By which bfloat16 arrays, ``param`` or states, are rounded stochastically; see plain/stochastic.py.
+    keys: Mapping[str, Tensor] = MappingProxyType({})
 
 
 NOTHING = Beside()
@@ -54,7 +56,12 @@ def check_step(
         ValueError: If a data type, length, device or memory layout is not what the step needs.
     """
     tensors = {"param": param, **states}
-    _check_dtype("param", param, (torch.float32 if beside.low is None else torch.bfloat16,))
+    if beside.low is not None and "param" in beside.keys:
+        raise ValueError(
+            "a bfloat16 parameter is either completed by low or rounded by keys['param']; got both; drop one"
+        )
+    in_float32 = beside.low is None and "param" not in beside.keys
+    _check_dtype("param", param, (torch.float32 if in_float32 else torch.bfloat16,))
     for name, state in states.items():
         _check_dtype(name, state, _PLAIN_STATES if name not in beside.scales else _CODES)
     if grad is not None:
@@ -69,6 +76,19 @@ def check_step(
     _check_alike(tensors)
     for name, scale in beside.scales.items():
         _check_scale(name, scale, param)
+    for name, key in beside.keys.items():
+        _check_key(name, key, tensors)
+
+
+def _check_key(name: str, key: Tensor, tensors: Mapping[str, Tensor]) -> None:
+    if name not in tensors or tensors[name].dtype != torch.bfloat16:
+        got = tensors[name].dtype if name in tensors else f"no array {name}"
+        raise ValueError(f"keys[{name!r}] says how {name} is rounded, so it must be bfloat16; got {got}; drop the key")
+    if key.dtype != torch.int64 or key.shape != (2,) or key.device.type != "cpu" or not key.is_contiguous():
+        raise ValueError(
+            f"keys[{name!r}] must be two contiguous int64 numbers in host memory, a key and the index of the first "
+            f"element; got {key.dtype} of shape {tuple(key.shape)} on {key.device}; pass what key_of returns"
+        )
 
 
 def _check_scale(name: str, scale: Tensor, param: Tensor) -> None:

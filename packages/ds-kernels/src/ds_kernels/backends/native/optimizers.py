@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..checks import NOTHING, Beside, check_cpu, check_step, mark_written
-from ..plain.optimizers import SQUARE_CHUNK, check_momentum, sum_chunks
+from ..plain.optimizers import check_momentum
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import AdamHyper
@@ -22,6 +22,7 @@ CODECS = MappingProxyType({torch.float32: 0, torch.bfloat16: 1, torch.float16: 2
 """How the native module numbers codecs."""
 
 _SPLIT = 3
+_STOCHASTIC = 6
 _Operand: TypeAlias = tuple[int, int, int]  # data, extra, codec
 _Arrays: TypeAlias = tuple[_Operand, _Operand, list[_Operand], _Operand, bool, int, int]
 _NONE: _Operand = (0, 0, 0)
@@ -126,14 +127,11 @@ def lamb_moments(
     """See :func:`ds_kernels.backends.plain.optimizers.lamb_moments`."""
     states = {"exp_avg": exp_avg, "exp_avg_sq": exp_avg_sq}
     check_step(param, grad, states, None, beside)
-    squares = torch.empty((param.numel() + SQUARE_CHUNK - 1) // SQUARE_CHUNK, 2, dtype=torch.float64)
-    kernels.lamb_moments(
-        _arrays(param, grad, states, None, beside, zero_grad=hyper.zero_grad),
-        squares.data_ptr(),
-        _lamb_numbers(hyper, 1.0),
+    squares = kernels.lamb_moments(
+        _arrays(param, grad, states, None, beside, zero_grad=hyper.zero_grad), _lamb_numbers(hyper, 1.0)
     )
     _mark(None, states, beside, None, grad if hyper.zero_grad else None)
-    return sum_chunks(squares.t())
+    return torch.tensor(squares, dtype=torch.float64)
 
 
 def lamb_step(
@@ -170,14 +168,20 @@ def _arrays(
 ) -> _Arrays:
     check_cpu("param", param)
     return (
-        _operand(param) if beside.low is None else (param.data_ptr(), beside.low.data_ptr(), _SPLIT),
+        _stored("param", param, beside) if beside.low is None else (param.data_ptr(), beside.low.data_ptr(), _SPLIT),
         _NONE if grad is None else _operand(grad),
-        [_operand(state, beside.scales.get(name)) for name, state in states.items()],
+        [_stored(name, state, beside) for name, state in states.items()],
         _NONE if copy is None else _operand(copy),
         zero_grad,
         param.numel(),
         torch.get_num_threads(),
     )
+
+
+def _stored(name: str, tensor: Tensor, beside: Beside) -> _Operand:
+    if name in beside.keys:
+        return tensor.data_ptr(), beside.keys[name].data_ptr(), _STOCHASTIC
+    return _operand(tensor, beside.scales.get(name))
 
 
 def _operand(tensor: Tensor, extra: Tensor | None = None) -> _Operand:
@@ -201,6 +205,6 @@ _STEPS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     }
 )
 KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {**_STEPS, **{f"coded_{op}": kernel for op, kernel in _STEPS.items()}}
+    {f"{kind}{op}": kernel for kind in ("", "coded_", "rounded_") for op, kernel in _STEPS.items()}
 )
 """By name of the op; the first argument is the kernels of an instruction set."""

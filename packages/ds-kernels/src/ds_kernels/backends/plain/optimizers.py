@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..checks import NOTHING, Beside, check_step
 from . import state_codecs
+from .stochastic import round_to_bfloat16
 from .sums import chunk_sumsq, tree_of_rows
 
 if TYPE_CHECKING:
@@ -34,6 +35,7 @@ class _Values:
     def __init__(self, param: Tensor, grad: Tensor, states: Mapping[str, Tensor], beside: Beside) -> None:
         self._stored = {"param": param, **states}
         self._beside = {"param": beside.low, **beside.scales}
+        self._keys = beside.keys
         self._values = {
             name: state_codecs.decode(t, self._beside.get(name)).view(-1) for name, t in self._stored.items()
         }
@@ -47,8 +49,11 @@ class _Values:
 
     def store(self, copy: Tensor | None, *, zero_grad: bool) -> None:
         for name, stored in self._stored.items():
-            beside = self._beside.get(name)
-            state_codecs.encode_like(self._values[name].view(stored.shape), stored, beside)
+            value = self._values[name].view(stored.shape)
+            if name in self._keys:
+                stored.copy_(round_to_bfloat16(value, self._keys[name]))
+            else:
+                state_codecs.encode_like(value, stored, self._beside.get(name))
         if copy is not None:
             copy.view(-1).copy_(self.param)
         if zero_grad:
@@ -254,6 +259,7 @@ _STEPS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     }
 )
 KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {**_STEPS, **{f"coded_{op}": kernel for op, kernel in _STEPS.items()}}
+    {f"{kind}{op}": kernel for kind in ("", "coded_", "rounded_") for op, kernel in _STEPS.items()}
 )
-"""By name of the op; ``coded_<op>`` where a tensor is not float32, which a backend may lack."""
+"""By name of the op; ``coded_<op>`` where a tensor is not float32, ``rounded_<op>`` where besides one is rounded
+stochastically: a backend may lack either."""
