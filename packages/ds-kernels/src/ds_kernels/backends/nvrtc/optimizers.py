@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..checks import NOTHING, Beside, check_step
+from ..checks import NOTHING, Beside, check_adam, check_step
 from ..plain.optimizers import SQUARE_CHUNK, check_momentum, sum_chunks
 from .launcher import Launcher
 from .steps import LerpWeight, Step, StepArgs, Tensors, run_step
@@ -115,6 +115,21 @@ def adamw(
     )
     step = Step("AdamW" if decoupled else "Adam", AdamArgs, numbers, hyper.zero_grad)
     run_step(launch, step, Tensors(param, grad, states, copy, beside))
+
+
+def _adamw_in_float32(
+    launch: Launcher,
+    param: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    *,
+    copy: Tensor | None = None,
+    hyper: AdamHyper,
+) -> None:
+    """Do the step of the op ``adamw``, whose state is float32 on every backend."""
+    check_adam(param, grad, exp_avg, exp_avg_sq, copy)
+    adamw(launch, param, grad, exp_avg, exp_avg_sq, copy=copy, hyper=hyper)
 
 
 def lion(
@@ -236,6 +251,6 @@ _STEPS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     }
 )
 KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {**_STEPS, **{f"coded_{op}": kernel for op, kernel in _STEPS.items()}}
+    {**_STEPS, "adamw": _adamw_in_float32, **{f"coded_{op}": kernel for op, kernel in _STEPS.items()}}
 )
 """By name of the op; the first argument is the launcher."""
