@@ -41,9 +41,6 @@ class Op(str, Enum):
 COMPUTE = frozenset({Op.F, Op.B, Op.I, Op.W})
 """Operations on one micro-batch at one stage."""
 
-BACKWARD = frozenset({Op.B, Op.I})
-"""Operations that make a gradient of the stage's input."""
-
 
 class Value(NamedTuple):
     """See [Note: Values]."""

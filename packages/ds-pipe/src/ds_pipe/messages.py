@@ -25,10 +25,6 @@ _PREFIX = 64  # bytes: two int64, the length of the signature (0: the agreed one
 _KINDS = {"x": 0, "g": 1}
 
 
-class LateError(RuntimeError):
-    """A message did not come."""
-
-
 class _Channel(NamedTuple):
     kind: str
     stage: int

@@ -9,7 +9,7 @@ and back again (a *V*).
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
@@ -214,10 +214,3 @@ ORDERS: Mapping[str, Named] = MappingProxyType(
     }
 )
 """Every fixed schedule, by name."""
-
-
-def slots(order: Order) -> Iterator[tuple[int, Slot]]:
-    """Go through all computations, with their rank."""
-    for rank, row in enumerate(order):
-        for slot in row:
-            yield rank, slot

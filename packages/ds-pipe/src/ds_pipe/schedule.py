@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeAlias
 
-from .instruction import COMPUTE, Instruction, Op, parse
+from .instruction import Instruction, Op, parse
 
 Row: TypeAlias = "tuple[Instruction, ...]"
 
@@ -101,11 +101,6 @@ class Schedule:
                 if first <= index <= last
             ]
             yield f"rank {rank}: {'... ' if first else ''}{' '.join(cells)}{' ...' if last < len(row) - 1 else ''}"
-
-
-def compute_rows(schedule: Schedule) -> list[list[Instruction]]:
-    """Return what each rank computes, without communication."""
-    return [[one for one in row if one.op in COMPUTE] for row in schedule.rows]
 
 
 def splits_backward(schedule: Schedule) -> bool:

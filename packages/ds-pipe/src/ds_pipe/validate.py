@@ -20,7 +20,7 @@ from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from .costs import Costs
-from .instruction import BACKWARD, COMPUTE, Instruction, Op, Value
+from .instruction import COMPUTE, Instruction, Op, Value
 from .schedule import Schedule
 
 Place = tuple[int, int]
@@ -252,7 +252,7 @@ class _Parameters:
             return "comes after the optimizer step"
         if one.op in COMPUTE and self._gathers and stage not in self.gathered:
             return f"the parameters of stage {stage} are not gathered"
-        if one.op in BACKWARD | {Op.W} and stage in self.reduced:
+        if one.op in COMPUTE - {Op.F} and stage in self.reduced:
             return f"the gradients of stage {stage} have been reduced"
         if one.op is Op.UNSHARD and stage in self.gathered:
             return "they are gathered"
