@@ -255,6 +255,6 @@ def test_a_rank_that_does_not_come_is_named() -> None:
 
 
 def test_a_rank_whose_store_has_gone_says_so() -> None:
-    ended = launch("sleep3", 1, size=2, stage=2, fingerprint_timeout=1.0)
+    ended = launch("outlive", 1, size=2, stage=2, fingerprint_timeout=1.0)
     assert "rank 1: has not come within 1 s" in ended[0].out
     assert "RankError: rank 0 is lost, or the launcher" in ended[1].out

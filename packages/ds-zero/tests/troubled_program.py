@@ -64,6 +64,16 @@ def be_killed() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def outlive_the_store() -> None:
+    store = dist.distributed_c10d._get_default_store().clone()
+    while True:
+        try:
+            store.check(["any"])
+        except RuntimeError:
+            return
+        time.sleep(0.05)
+
+
 def fail() -> None:
     raise ArithmeticError("the answer is not 42")
 
@@ -84,6 +94,8 @@ def main() -> None:
                 model.blocks[1].trouble = be_killed
             elif what == "raise":
                 model.blocks[1].trouble = fail
+            elif what == "outlive":
+                model.blocks[1].trouble = outlive_the_store
             elif what.startswith("sleep"):
                 model.blocks[1].trouble = lambda: time.sleep(float(what.removeprefix("sleep")))
             elif what.startswith("hold"):
