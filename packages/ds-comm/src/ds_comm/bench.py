@@ -236,9 +236,14 @@ def _sizes(options: argparse.Namespace) -> list[int]:
     return sizes
 
 
-def main() -> None:
-    """Start the ranks and wait for them."""
-    parser = argparse.ArgumentParser(prog="python -m ds_comm.bench", description="Times collectives on this host.")
+def main(arguments: Sequence[str] | None = None, prog: str = "python -m ds_comm.bench") -> None:
+    """Start the ranks and wait for them.
+
+    Args:
+        arguments: Of the command line; None: this process's.
+        prog: What the command is called.
+    """
+    parser = argparse.ArgumentParser(prog=prog, description="Times collectives on this host.")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--ops", nargs="+", default=list(operations()), choices=list(operations()))
     parser.add_argument("--backends", nargs="+", default=["gloo", "ds_shm"])
@@ -248,7 +253,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path, help="a file for the table")
     parser.add_argument("--picture", type=Path, help="a file for the picture; needs matplotlib")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory(prefix="ds-bench-") as folder:
         processes = [

@@ -5,11 +5,12 @@ from __future__ import annotations
 import click
 
 from .config import config
+from .of_wheels import WithWheels
 from .report import report
 from .run import run
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=WithWheels, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(package_name="ds-core")
 def main() -> None:
     """Large-model training in small parts."""
