@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import ds_zero
@@ -251,16 +252,21 @@ def parts_by_hand(rank: Rank, run: Run) -> tuple[bool, bool, list[Any]]:
     """What a pipeline does: parameters whole over several calls, gradients sent before the pass ends."""
     model, sharded = build(rank, run)
     block = model.blocks[0]
-    sharded.unshard(block)
-    whole = not block.fc.weight.isnan().any()
-    sharded.reshard(block)
+    whole = True
     for step in range(run.steps):
+        sharded.unshard(block)
+        memory = block.fc.weight.data_ptr()
         for index in range(rank.rank, run.num_micro_batches, rank.size):
             loss = model(micro_batch(step * run.num_micro_batches + index))
             hook = model.blocks[1].fc.weight.register_post_accumulate_grad_hook(lambda _: sharded.reduce(model.head))
             loss.backward()
             hook.remove()
-        sharded.step(min(1.0, run.clip / sharded.grad_norm().value))
+            # not gathered anew, although two other blocks have been whole since
+            whole = whole and block.fc.weight.data_ptr() == memory and not block.fc.weight.isnan().any()
+        sharded.reshard(block)
+        norm = sharded.grad_norm()
+        assert norm.value == math.sqrt(math.fsum(norm.squares)) * (1.0 / run.num_micro_batches)
+        sharded.step(min(1.0, run.clip / norm.value))
     return bool(whole), bool(block.fc.weight.isnan().all()), exported(sharded)
 
 

@@ -227,6 +227,10 @@ class GradNorm(Protocol):
     def culprit(self) -> str | None:
         """Name of the first parameter whose gradient is not finite."""
 
+    @property
+    def squares(self) -> Sequence[float]:
+        """Sums of squares of the summed gradients, by part: the exact sum of those of several models is one norm."""
+
 
 class ShardUpdate(Protocol):
     """One contiguous shard that an optimizer step rewrites."""
@@ -317,7 +321,7 @@ class Sharded(Protocol):
         """Whether a backward pass sends its gradients; without, they add up locally."""
 
     def unshard(self, part: nn.Module) -> None:
-        """Make the parameters below ``part`` whole on every rank. Paired with :meth:`reshard`."""
+        """Make the parameters below ``part`` whole on every rank, through all passes until :meth:`reshard`."""
 
     def reshard(self, part: nn.Module) -> None:
         """Give back what :meth:`unshard` made whole."""

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 
 from .costs import Costs
 from .greedy import greedy
+from .instruction import Op
 from .lower import lower
-from .orders import ORDERS, loop
+from .orders import ORDERS, Slot, loop
 from .schedule import Schedule
 from .validate import validate
 
@@ -89,5 +90,20 @@ def make_greedy_schedule(
         for rank in range(num_ranks)
     ]
     made = lower("greedy", greedy(num_micro_batches, places, costs, room), places, num_micro_batches, costs)
+    validate(made)
+    return made
+
+
+def evaluation_of(schedule: Schedule) -> Schedule:
+    """Return the schedule of the same stages with forward passes only, in the same order; validated.
+
+    Example:
+        >>> print(evaluation_of(make_schedule("zb_v", num_ranks=1, num_micro_batches=1)))
+        schedule zb_v:forward_only placement 0,0 micro_batches 1 forward_only
+        0: UNSHARD0 F0.0 RESHARD0 UNSHARD1 F1.0 RESHARD1
+    """
+    order = [[Slot(one.op, one.stage, one.micro_batch) for one in row if one.op is Op.F] for row in schedule.rows]
+    costs = Costs.uniform(schedule.num_stages)
+    made = lower(f"{schedule.name}:forward_only", order, schedule.placement, schedule.num_micro_batches, costs)
     validate(made)
     return made

@@ -3,13 +3,13 @@
 [Note: Deferred weights]
 Under :class:`DeferredWeights` every ``torch.nn.functional.linear`` computes the gradient of its input in the backward
 pass and leaves a note of what the gradients of weight and bias need. ``settle`` computes them, and hands them to
-autograd as gradients of the parameters: hooks run and sums are formed as always, with the same bits. Other layers'
-parameters get their gradients in the backward pass.
+autograd as gradients of the parameters, together with those of other layers, which ``keep`` has taken from the backward
+pass: hooks run and sums are formed as always, with the same bits, and in one pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -37,6 +37,7 @@ class DeferredWeights(TorchFunctionMode):
     def __init__(self) -> None:
         super().__init__()
         self._notes: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
+        self._known: dict[Tensor, Tensor] = {}  # gradients that need not be computed any more
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -53,10 +54,14 @@ class DeferredWeights(TorchFunctionMode):
         out: Tensor = _Linear.apply(input, _Uses(weight, bias, self._notes))  # type: ignore[no-untyped-call]  # torch's
         return out
 
+    def keep(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        """Keep gradients of parameters that are computed already, until :meth:`settle`."""
+        self._known = {param: grad for param, grad in zip(params, grads, strict=True) if grad is not None}
+
     def settle(self) -> None:
         """Compute what was left out, and give it to the parameters."""
         # what several uses of a parameter give is added up first, as autograd does: another order has other bits
-        grads: dict[Tensor, Tensor] = {}
+        grads, self._known = self._known, {}
         for given, grad, weight, bias in self._notes:
             rows = grad.reshape(-1, grad.shape[-1])
             found = rows.t().mm(given.reshape(-1, given.shape[-1]))

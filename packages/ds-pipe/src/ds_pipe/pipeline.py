@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -50,11 +51,23 @@ class Whole:
 class _Step:
     """What a rank holds within one step."""
 
-    def __init__(self, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        inputs: Sequence[Any],
+        targets: Sequence[Any],
+        scale: float,
+        around: Callable[[int, int], AbstractContextManager[None]],
+    ) -> None:
         self.inputs = inputs
         self.targets = targets
+        self.scale = scale
+        self.around = around
         self.values: dict[Value, Any] = {}  # received, under way, or computed
         self.losses: list[Tensor] = []
+
+
+def _nothing_around(_stage: int, _micro_batch: int) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class Pipeline:
@@ -114,22 +127,33 @@ class Pipeline:
         self._messages = None if group is None else Messages(group, schedule.num_micro_batches, timeout)
         self._parameters = parameters or Whole()
 
-    def run(self, inputs: Sequence[Any] = (), targets: Sequence[Any] = ()) -> list[Any]:
+    def run(
+        self,
+        inputs: Sequence[Any] = (),
+        targets: Sequence[Any] = (),
+        *,
+        scale: float | None = None,
+        around: Callable[[int, int], AbstractContextManager[None]] | None = None,
+    ) -> list[Any]:
         """Do one step but for the optimizer's part, which is the caller's.
 
         Args:
             inputs: The micro-batches; needed on the rank of the first stage.
             targets: Their targets; needed on the rank of the last stage, if it has a loss.
+            scale: What each loss is multiplied by before its backward pass; None: one over their number.
+            around: Returns what is entered around each forward pass, given stage and micro-batch.
 
         Returns:
-            On the rank of the last stage the loss of each micro-batch, or its output without a loss; else nothing.
+            On the rank of the last stage the loss of each micro-batch, or its output without a loss (in an evaluation,
+            without targets); else nothing.
 
         Raises:
             PipelineError: A message did not come; names instruction, message and rank.
             ValueError: Too few micro-batches.
         """
         self._check(inputs, targets)
-        step = _Step(inputs, targets)
+        scale = 1 / self.schedule.num_micro_batches if scale is None else scale
+        step = _Step(inputs, targets, scale, around or _nothing_around)
         with torch.set_grad_enabled(self.schedule.trains):
             for index, one in enumerate(self._row):
                 try:
@@ -168,8 +192,9 @@ class Pipeline:
         stage, index = one.stage, one.micro_batch
         given = self._take(step, Value("x", stage, index)) if stage else step.inputs[index]
         last = stage == self.schedule.num_stages - 1
-        target = step.targets[index] if last and len(step.targets) else None
-        out, kept = self._stages[stage].forward(given, target, share=1 / self.schedule.num_micro_batches)
+        target = step.targets[index : index + 1] if last else ()
+        with step.around(stage, index):
+            out, kept = self._stages[stage].forward(given, target, scale=step.scale)
         if last:
             step.losses.append(out.detach() if self.schedule.trains else out)
         else:

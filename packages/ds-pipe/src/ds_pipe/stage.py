@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
@@ -37,22 +37,22 @@ class Stage:
         self._loss = loss
         self._splits = splits
 
-    def forward(self, value: Any, target: Any, *, share: float) -> tuple[Any, Kept]:
+    def forward(self, value: Any, target: Sequence[Any], *, scale: float) -> tuple[Any, Kept]:
         """Return what the next stage gets, or the loss, and what backward needs.
 
         Args:
             value: From the stage before, or the micro-batch.
-            target: For the loss; others ignore it.
-            share: Of this micro-batch in the step's loss.
+            target: One, for the loss; or none, and the output is returned.
+            scale: Of the loss, before its backward pass.
         """
         given = pytree.tree_map(_entering, value)
         later = DeferredWeights() if self._splits and torch.is_grad_enabled() else None
         with later or nullcontext():
             out = self.module(given)
-            if self._loss is not None:
-                out = self._loss(out, target)
-        outputs = [out * share] if self._loss is not None else _with_grad(out)
-        return out, Kept(_with_grad(given), outputs, later)
+            loss = None if self._loss is None or not target else self._loss(out, target[0])
+        if loss is not None:
+            return loss, Kept(_with_grad(given), [loss * scale], later)
+        return out, Kept(_with_grad(given), _with_grad(out), later)
 
     def backward(self, kept: Kept, grads: list[Tensor] | None) -> list[Tensor]:
         """Return the gradients of the inputs.
@@ -61,14 +61,33 @@ class Stage:
             kept: From :meth:`forward`.
             grads: Of its outputs; None for the loss.
         """
-        if kept.outputs:
+        if not kept.outputs:
+            found: list[Tensor | None] = [None for _ in kept.inputs]
+        elif kept.later is None:
             torch.autograd.backward(kept.outputs, grads)
-        return [torch.zeros_like(given) if given.grad is None else given.grad for given in kept.inputs]
+            found = [given.grad for given in kept.inputs]
+        else:
+            found = self._inputs_only(kept, kept.later, grads)
+        return [
+            torch.zeros_like(given) if grad is None else grad for given, grad in zip(kept.inputs, found, strict=True)
+        ]
 
     def settle(self, kept: Kept) -> None:
         """Compute the weight gradients that :meth:`backward` left out."""
         if kept.later is not None:
             kept.later.settle()
+
+    def _inputs_only(self, kept: Kept, later: DeferredWeights, grads: list[Tensor] | None) -> list[Tensor | None]:
+        """Return the gradients of the inputs; those of parameters wait for :meth:`settle`.
+
+        Parameters get theirs in one backward pass of their own then, whatever kind of layer they belong to.
+        """
+        params = [param for param in self.module.parameters() if param.requires_grad]
+        if not kept.inputs and not params:
+            return []
+        found = torch.autograd.grad(kept.outputs, [*kept.inputs, *params], grads, allow_unused=True)
+        later.keep(params, found[len(kept.inputs) :])
+        return list(found[: len(kept.inputs)])
 
 
 def _entering(leaf: Any) -> Any:

@@ -50,6 +50,7 @@ class GradNorm(NamedTuple):
 
     value: float  # L2, over all parameters; not finite when any gradient is not
     culprit: str | None  # first parameter whose gradient is not finite
+    squares: tuple[float, ...] = ()  # of the sums of gradients, by part; with those of other models, one norm of all
 
 
 class MemoryReport(NamedTuple):
@@ -226,14 +227,15 @@ class Sharded:
     # Verbs of a pipeline #
 
     def unshard(self, part: nn.Module) -> None:
-        """Make the parameters below ``part`` whole on every rank, until :meth:`reshard`."""
-        for unit in self._sharded_units_below(part):
-            self._residency.need(unit, Phase.FORWARD)
+        """Make the parameters below ``part`` whole on every rank, through all passes until :meth:`reshard`.
+
+        One gather serves all micro-batches in between. Memory: all parameters below ``part``.
+        """
+        self._residency.hold(self._sharded_units_below(part))
 
     def reshard(self, part: nn.Module) -> None:
         """Allow the parameters below ``part`` to be partitioned again."""
-        for unit in self._sharded_units_below(part):
-            self._residency.idle(unit)
+        self._residency.let_go(self._sharded_units_below(part))
 
     def reduce(self, part: nn.Module) -> None:
         """Send the gradients below ``part`` now, during a backward pass."""
@@ -322,8 +324,8 @@ class Sharded:
             roots += tree_root(_padded(_in_layout_order(gathered, [row.numel() for row in rows]))).tolist()
         total = math.fsum(roots)
         if math.isfinite(total):
-            return GradNorm(math.sqrt(total) * scale, None)
-        return GradNorm(total, self._first_not_finite(roots))
+            return GradNorm(math.sqrt(total) * scale, None, tuple(roots))
+        return GradNorm(total, self._first_not_finite(roots), tuple(roots))
 
     def _first_not_finite(self, roots: Sequence[float]) -> str | None:
         """Name the parameter, from the squared norm of each flat, which all ranks have; communicates."""

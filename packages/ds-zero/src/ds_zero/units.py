@@ -115,6 +115,7 @@ class Residency:
     def __init__(self) -> None:
         self._live: list[Unit] = []  # not sharded, least recently used first
         self.in_use: set[Unit] = set()  # read only, from outside
+        self._held: set[Unit] = set()  # in use across passes
         self._follower: dict[tuple[Phase, Unit], Unit] = {}
         self._last: dict[Phase, Unit | None] = dict.fromkeys(Phase)
         self.peak_units = 0  # most units that held whole parameters at once
@@ -135,18 +136,36 @@ class Residency:
 
     def idle(self, unit: Unit) -> None:
         """Say that ``unit`` is not in use any more; it stays while there is room."""
-        self.in_use.discard(unit)
+        if unit not in self._held:
+            self.in_use.discard(unit)
+
+    def hold(self, units: Sequence[Unit]) -> None:
+        """Return with ``units`` whole, and keep them so through all passes until :meth:`let_go`."""
+        for unit in units:
+            if unit.presence is Presence.SHARDED:
+                self._begin(unit)
+            self._held.add(unit)
+            self.in_use.add(unit)
+        for unit in units:
+            if unit.presence is Presence.GATHERING:
+                unit.finish_unshard()
+
+    def let_go(self, units: Sequence[Unit]) -> None:
+        """End what :meth:`hold` began."""
+        self._held.difference_update(units)
+        self.in_use.difference_update(units)
 
     def end_pass(self, phase: Phase) -> None:
-        """Say that no further unit follows in this pass; nothing is in use after it."""
+        """Say that no further unit follows in this pass; nothing is in use after it but what is held."""
         last, self._last[phase] = self._last[phase], None
         if last is not None:
             # what once came after it belonged to another pass
             self._follower.pop((phase, last), None)
-        self.in_use.clear()
+        self.in_use &= self._held
 
     def drop_all(self) -> None:
         """Reshard everything: the shards have new values."""
+        self._held.clear()
         self.in_use.clear()
         for unit in self._live:
             unit.reshard()
