@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from ds_pipe.packets import Signature, read, signature_of, write
+from ds_pipe.packets import Layout, Signature, signature_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils import _pytree as pytree
@@ -41,16 +41,22 @@ VALUES = st.recursive(
 def test_values_come_back(value: Any) -> None:
     signature, parts = signature_of(value)
     assert Signature.load(signature.dump()) == signature
-    payload = torch.empty(signature.nbytes, dtype=torch.uint8)
-    write(parts, payload)
-    back = read(signature, payload)
+    layout = Layout(Signature.load(signature.dump()))
+    payload = torch.empty(layout.nbytes, dtype=torch.uint8)
+    layout.write(parts, payload)
+    back = layout.read(payload)
     assert signature_of(back)[0] == signature
     for old, new in zip(pytree.tree_leaves(value), pytree.tree_leaves(back), strict=True):
         if isinstance(old, torch.Tensor):
             assert torch.equal(old, new)
             assert old.requires_grad == new.requires_grad
         else:
-            assert old == new
+            assert (type(old), old) == (type(new), new)
+
+
+def test_signatures_tell_one_from_true() -> None:
+    found = [signature_of(value)[0] for value in (1, 1.0, True, 0.0, -0.0, "1", None, (1,), [1])]
+    assert all(a != b for i, a in enumerate(found) for b in found[:i])
 
 
 def test_what_does_not_travel() -> None:

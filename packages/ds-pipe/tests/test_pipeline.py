@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any, NamedTuple
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from ds_pipe import Pipeline, PipelineError, Schedule, make_greedy_schedule, make_schedule
 from ds_pipe.costs import Costs
 from ds_testkit import Rank, RankPool
-from ds_testkit.processes import RankError
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -144,25 +142,6 @@ def test_outputs_of_an_evaluation(ranks: RankPool) -> None:
             assert torch.equal(out, model(tokens))
 
 
-def wait_in_vain(rank: Rank, schedule: Schedule) -> str:
-    if rank.rank == 0:
-        return ""
-    stages = {rank.rank: nn.Linear(2, 2)}
-    try:
-        Pipeline(schedule, stages, rank.group, loss=loss_of, timeout=timedelta(seconds=1)).run([], [0] * 2)
-    except PipelineError as error:
-        return str(error)
-    return "nothing"
-
-
-def test_a_message_that_does_not_come_is_named(ranks: RankPool) -> None:
-    schedule = make_schedule("1f1b", num_ranks=2, num_micro_batches=2)
-    text = ranks.run(wait_in_vain, schedule, size=2)[1]
-    ranks.close()  # messages that nobody takes stay in their group
-    assert "rank 1 failed at instruction 3 of" in text
-    assert "F1.0, which needs x1.0 (rank 0 -> 1)" in text
-
-
 class Broken(nn.Module):
     def forward(self, value: Tensor) -> Tensor:
         raise RuntimeError("no such luck")
@@ -170,11 +149,11 @@ class Broken(nn.Module):
 
 def test_a_stage_that_raises_is_named() -> None:
     schedule = make_schedule("gpipe", num_ranks=1, num_micro_batches=1)
-    with pytest.raises(PipelineError, match=r"rank 0 failed at instruction 1 of 6, F0.0: no such luck"):
+    with pytest.raises(PipelineError, match=r"rank 0 failed at instruction 1 of 6, F0.0: RuntimeError: no such luck"):
         Pipeline(schedule, {0: Broken()}, None, loss=loss_of).run([torch.ones(1)], [torch.ones(1)])
 
 
-def test_parts_that_do_not_fit(ranks: RankPool) -> None:
+def test_parts_that_do_not_fit() -> None:
     schedule = make_schedule("1f1b", num_ranks=1, num_micro_batches=2)
     with pytest.raises(ValueError, match=r"rank 0 of 1 has the stages \[0, 1\]; .* this one has \[0\]"):
         Pipeline(schedule, {0: Broken(), 1: Broken()}, None, loss=loss_of)
@@ -185,15 +164,3 @@ def test_parts_that_do_not_fit(ranks: RankPool) -> None:
         pipeline.run([torch.ones(1)], [torch.ones(1)])
     with pytest.raises(ValueError, match="the last stage needs 2 targets; got 0"):
         pipeline.run([torch.ones(1)] * 2)
-    with pytest.raises(RankError, match="between stages travel tensors"):
-        ranks.run(send_something_else, make_schedule("1f1b", num_ranks=2, num_micro_batches=1), size=2)
-
-
-class Odd(nn.Module):
-    def forward(self, value: Tensor) -> object:
-        return object()
-
-
-def send_something_else(rank: Rank, schedule: Schedule) -> None:
-    if rank.rank == 0:
-        Pipeline(schedule, {0: Odd()}, rank.group).run([torch.ones(1)])

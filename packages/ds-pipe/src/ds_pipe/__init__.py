@@ -1,8 +1,9 @@
 """Pipelines: schedules as data, generated, validated, simulated, drawn, and run."""
 
+from .alarm import PipelineError
 from .build import make_greedy_schedule, make_schedule
 from .costs import Costs
-from .pipeline import Pipeline, PipelineError
+from .pipeline import Pipeline
 from .schedule import Schedule
 from .simulate import Timeline, simulate
 from .validate import ScheduleError, peak_bytes, validate

@@ -2,15 +2,16 @@
 
 [Note: Agreed shapes]
 A receive is posted before its message comes, so its size has to be known. Sender and receiver of a *channel* (what
-enters a stage, or the gradient of what leaves it) agree on the signature that came last in the step before. A message
-is a prefix and a payload of that size. A value of another signature, as in the first step, follows in a second message:
-the first then says so in its prefix, and how long the second is. So shapes may change at any time, at the price of one
-more message until the step is over; steady shapes cost one.
+enters a stage, or the gradient of what leaves it) agree on the signature of the step before: that of its last
+micro-batch, whatever the order in which they were sent and taken. A message is a prefix and a payload of that size. A
+value of another signature, as in the first step, follows in a second message: the first then says so in its prefix, and
+how long the second is. So shapes may change at any time, at the price of one more message until the step is over;
+steady shapes cost one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -19,10 +20,23 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .instruction import Value
-from .packets import NOTHING, Signature, read, signature_of, write
+from .packets import Layout, Signature, signature_of
 
 _PREFIX = 64  # bytes: two int64, the length of the signature (0: the agreed one) and of the payload that follow
 _KINDS = {"x": 0, "g": 1}
+_NEVER = 2**31 - 1  # a tag with which nothing is sent
+
+
+class MessageError(RuntimeError):
+    """A message did not come, or did not leave.
+
+    Attributes:
+        peer: The rank at its other end.
+    """
+
+    def __init__(self, text: str, peer: int) -> None:
+        self.peer = peer
+        super().__init__(text)
 
 
 class _Channel(NamedTuple):
@@ -31,27 +45,32 @@ class _Channel(NamedTuple):
     peer: int
 
 
-class Arrival:
+class _Leaving(NamedTuple):
+    work: dist.Work | None
+    buffer: Tensor  # its memory is read until it has left
+    name: Value
+    dst: int
+
+
+class Arrival(NamedTuple):
     """A message under way."""
 
-    def __init__(self, buffer: Tensor, work: dist.Work | None, take: Callable[[Tensor], Any]) -> None:
-        self._buffer = buffer
-        self._work = work
-        self._take = take
+    name: Value
+    channel: _Channel
+    layout: Layout
+    buffer: Tensor
+    work: dist.Work | None
+    messages: Messages
 
-    def wait(self, timeout: timedelta) -> Any:
-        """Return the value.
-
-        Raises:
-            RuntimeError: It did not come in time, or its sender has ended.
-        """
-        if self._work is not None:
-            self._work.wait(timeout)
-        return self._take(self._buffer)
+    def value(self) -> Any:
+        """Return it once it is there; raises as :meth:`Messages.take` does."""
+        return self.messages.take(self)
 
 
 class Messages:
     """Sends and receives of one rank of a pipeline; see [Note: Agreed shapes].
+
+    Memory: of each message a buffer, until it has left, or as long as its value lives.
 
     Args:
         group: The ranks of the pipeline; a backend whose messages carry tags (gloo, MPI).
@@ -61,66 +80,127 @@ class Messages:
 
     def __init__(self, group: dist.ProcessGroup, num_micro_batches: int, timeout: timedelta) -> None:
         self._group = group
+        self._rank = dist.get_rank(group)
         self._num_micro_batches = num_micro_batches
         self._timeout = timeout
-        self._agreed: dict[_Channel, Signature] = {}
-        self._last: dict[_Channel, Signature] = {}  # of this step
-        self._leaving: list[tuple[dist.Work | None, Tensor]] = []  # their memory is read until they have left
+        self._nothing = Layout(signature_of(())[0])  # agreed on where nothing has been sent
+        self._agreed: dict[_Channel, Layout] = {}
+        self._last: dict[_Channel, tuple[int, Layout]] = {}  # of this step: micro-batch, and how it came
+        self._leaving: list[_Leaving] = []
 
     def send(self, name: Value, value: Any, dst: int) -> None:
         """Begin to send ``value``, a copy of it, to rank ``dst`` of the group."""
         channel = _Channel(name.kind, name.stage, dst)
         signature, tensors = signature_of(value)
-        agreed = self._agreed.get(channel, NOTHING)
-        self._last[channel] = signature
+        layout = agreed = self._agreed.get(channel, self._nothing)
         first = torch.empty(_PREFIX + agreed.nbytes, dtype=torch.uint8)
         prefix = first[:16].view(torch.int64)
-        if signature == agreed:
+        if signature == agreed.signature:
             prefix.zero_()
-            write(tensors, first[_PREFIX:])
-            self._push(first, dst, self._tag(name))
-            return
-        text = signature.dump()
-        prefix[0], prefix[1] = len(text), signature.nbytes
-        self._push(first, dst, self._tag(name))
-        head = -(-len(text) // _PREFIX) * _PREFIX
-        second = torch.empty(head + signature.nbytes, dtype=torch.uint8)
-        second[: len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-        write(tensors, second[head:])
-        self._push(second, dst, self._tag(name) + 1)
+            agreed.write(tensors, first[_PREFIX:])
+            self._push(first, name, dst, 0)
+        else:
+            text, layout = signature.dump(), Layout(signature)
+            prefix[0], prefix[1] = len(text), layout.nbytes
+            self._push(first, name, dst, 0)
+            head = -(-len(text) // _PREFIX) * _PREFIX
+            second = torch.empty(head + layout.nbytes, dtype=torch.uint8)
+            second[: len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+            layout.write(tensors, second[head:])
+            self._push(second, name, dst, 1)
+        self._note(channel, name, layout)
 
     def receive(self, name: Value, src: int) -> Arrival:
         """Begin to receive the value ``name`` from rank ``src`` of the group."""
         channel = _Channel(name.kind, name.stage, src)
-        agreed = self._agreed.get(channel, NOTHING)
+        agreed = self._agreed.get(channel, self._nothing)
         buffer = torch.empty(_PREFIX + agreed.nbytes, dtype=torch.uint8)
-        work = dist.irecv(buffer, group=self._group, group_src=src, tag=self._tag(name))
+        return Arrival(name, channel, agreed, buffer, self._post(buffer, name, src, 0), self)
 
-        def take(first: Tensor) -> Any:
-            text_bytes, nbytes = first[:16].view(torch.int64).tolist()
-            if not text_bytes:
-                self._last[channel] = agreed
-                return read(agreed, first[_PREFIX:])
-            head = -(-text_bytes // _PREFIX) * _PREFIX
-            second = torch.empty(head + nbytes, dtype=torch.uint8)
-            more = dist.irecv(second, group=self._group, group_src=src, tag=self._tag(name) + 1)
-            if more is not None:
-                more.wait(self._timeout)
-            signature = self._last[channel] = Signature.load(bytes(second[:text_bytes].tolist()))
-            return read(signature, second[head:])
+    def take(self, arrival: Arrival) -> Any:
+        """Return the value, once it is there.
 
-        return Arrival(buffer, work, take)
+        Raises:
+            MessageError: It did not come in time, or its sender has ended.
+        """
+        name, channel, layout, first, work, _ = arrival
+        self._wait(work, name, channel.peer, self._rank, channel.peer)
+        text_bytes, nbytes = first[:16].view(torch.int64).tolist()
+        if not text_bytes:
+            self._note(channel, name, layout)
+            return layout.read(first[_PREFIX:])
+        head = -(-text_bytes // _PREFIX) * _PREFIX
+        second = torch.empty(head + nbytes, dtype=torch.uint8)
+        self._wait(self._post(second, name, channel.peer, 1), name, channel.peer, self._rank, channel.peer)
+        layout = Layout(Signature.load(bytes(second[:text_bytes].tolist())))
+        self._note(channel, name, layout)
+        return layout.read(second[head:])
 
     def finish(self) -> None:
-        """Return when all that was sent has left; what came last is agreed on for the next step."""
-        for work, _ in self._leaving:
-            if work is not None:
-                work.wait(self._timeout)
-        self._leaving.clear()
-        self._agreed.update(self._last)
+        """Return when all that was sent has left; agree on signatures for the next step.
 
-    def _push(self, buffer: Tensor, dst: int, tag: int) -> None:
-        self._leaving.append((dist.isend(buffer, group=self._group, group_dst=dst, tag=tag), buffer))
+        Raises:
+            MessageError: A message was not taken in time, or its receiver has ended.
+        """
+        for work, _, name, dst in self._leaving:
+            self._wait(work, name, self._rank, dst, dst)
+        self._leaving.clear()
+        self._agreed.update((channel, layout) for channel, (_, layout) in self._last.items())
+        self._last.clear()
+
+    def hang_up(self) -> None:
+        """Close the connections of the group, so that no rank waits for this one in vain; gloo's only.
+
+        A wait that runs out of time makes gloo close all of them, on this rank; the others' waits then raise.
+        """
+        if dist.get_backend(self._group) == dist.Backend.GLOO:
+            for peer in range(dist.get_world_size(self._group)):
+                if peer != self._rank:
+                    _close(self._group, peer)
+
+    def describe(self, name: Value, src: int, dst: int) -> str:
+        """Say which message it is."""
+        return f"message {name} (rank {src} -> {dst}, tag {self._tag(name)})"
+
+    def _push(self, buffer: Tensor, name: Value, dst: int, part: int) -> None:
+        try:
+            work = dist.isend(buffer, group=self._group, group_dst=dst, tag=self._tag(name) + part)
+        except RuntimeError as error:
+            raise MessageError(f"{self.describe(name, self._rank, dst)} cannot be sent: {error}", dst) from error
+        self._leaving.append(_Leaving(work, buffer, name, dst))
+
+    def _post(self, buffer: Tensor, name: Value, src: int, part: int) -> dist.Work | None:
+        try:
+            return dist.irecv(buffer, group=self._group, group_src=src, tag=self._tag(name) + part)
+        except RuntimeError as error:
+            raise MessageError(f"{self.describe(name, src, self._rank)} cannot come: {error}", src) from error
+
+    def _wait(self, work: dist.Work | None, name: Value, src: int, dst: int, peer: int) -> None:
+        if work is None:
+            return
+        start = time.monotonic()
+        try:
+            work.wait(self._timeout)
+        except RuntimeError as error:
+            seconds = time.monotonic() - start
+            early = seconds < self._timeout.total_seconds()
+            ended = f"; rank {peer} has ended, or closed its connections" if early else ""
+            text = f"waiting for {self.describe(name, src, dst)}, for {seconds:.1f} s{ended} ({error})"
+            raise MessageError(text, peer) from error
+
+    def _note(self, channel: _Channel, name: Value, layout: Layout) -> None:
+        last = self._last.get(channel)
+        if last is None or last[0] < name.micro_batch:
+            self._last[channel] = (name.micro_batch, layout)
 
     def _tag(self, name: Value) -> int:
         return 2 * ((2 * name.stage + _KINDS[name.kind]) * self._num_micro_batches + name.micro_batch)
+
+
+def _close(group: dist.ProcessGroup, peer: int) -> None:
+    try:
+        work = dist.irecv(torch.empty(1), group=group, group_src=peer, tag=_NEVER)
+        if work is not None:
+            work.wait(timedelta(milliseconds=1))
+    except RuntimeError:
+        return  # as it has to be; or it was closed before

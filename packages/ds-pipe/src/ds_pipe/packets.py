@@ -3,12 +3,13 @@
 [Note: Signature]
 The *signature* of a value is what a receiver needs to put it together again: its structure, data types, shapes, what
 requires a gradient, and whatever is no tensor. Tensors themselves lie one after the other in the *payload*, each at a
-multiple of 64 bytes.
+multiple of 64 bytes; where exactly follows from the signature and is worked out once, in a :class:`Layout`.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +18,7 @@ from torch.utils import _pytree as pytree
 
 _ALIGN = 64
 _DTYPES = {str(value).removeprefix("torch."): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+_NAMES = {value: name for name, value in _DTYPES.items()}
 
 
 class Leaf(NamedTuple):
@@ -25,43 +27,30 @@ class Leaf(NamedTuple):
     dtype: str  # of a tensor; empty: no tensor
     shape: tuple[int, ...] = ()
     requires_grad: bool = False
-    other: Any = None  # what is no tensor: a JSON value
+    other: str = ""  # what is no tensor, as JSON: so 1, 1.0 and True differ
 
     @property
     def nbytes(self) -> int:
         """Bytes of the tensor; 0 if it is none."""
         return torch.Size(self.shape).numel() * _DTYPES[self.dtype].itemsize if self.dtype else 0
 
-    @property
-    def room(self) -> int:
-        """Bytes in the payload."""
-        return -(-self.nbytes // _ALIGN) * _ALIGN
-
 
 class Signature(NamedTuple):
     """See [Note: Signature]."""
 
-    structure: str
+    structure: pytree.TreeSpec
     leaves: tuple[Leaf, ...]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the payload."""
-        return sum(leaf.room for leaf in self.leaves)
 
     def dump(self) -> bytes:
         """Return bytes from which :meth:`load` makes it again."""
-        return json.dumps(self).encode()
+        return json.dumps([pytree.treespec_dumps(self.structure), self.leaves]).encode()
 
     @classmethod
     def load(cls, data: bytes) -> Signature:
         """Return what :meth:`dump` wrote."""
         structure, leaves = json.loads(data)
-        return cls(structure, tuple(Leaf(dtype, tuple(shape), *rest) for dtype, shape, *rest in leaves))
-
-
-NOTHING = Signature("", ())
-"""Of no value at all: nothing has been agreed on yet."""
+        made = tuple(Leaf(dtype, tuple(shape), *rest) for dtype, shape, *rest in leaves)
+        return cls(pytree.treespec_loads(structure), made)
 
 
 def signature_of(value: Any) -> tuple[Signature, list[Tensor]]:
@@ -72,44 +61,72 @@ def signature_of(value: Any) -> tuple[Signature, list[Tensor]]:
 
     Example:
         >>> signature, tensors = signature_of({"x": torch.zeros(2, 3), "scale": 0.5})
-        >>> signature.nbytes, len(tensors), [leaf.other for leaf in signature.leaves]
-        (64, 1, [None, 0.5])
+        >>> len(tensors), [leaf.other for leaf in signature.leaves]
+        (1, ['', '0.5'])
     """
     leaves, structure = pytree.tree_flatten(value)
     described, tensors = [], []
     for leaf in leaves:
         if isinstance(leaf, Tensor):
-            name = str(leaf.dtype).removeprefix("torch.")
-            described.append(Leaf(name, tuple(leaf.shape), leaf.requires_grad))
+            described.append(Leaf(_NAMES[leaf.dtype], tuple(leaf.shape), leaf.requires_grad))
             tensors.append(leaf)
         elif leaf is None or isinstance(leaf, (bool, int, float, str)):
-            described.append(Leaf("", other=leaf))
+            described.append(Leaf("", other=json.dumps(leaf)))
         else:
             raise TypeError(
                 f"between stages travel tensors, numbers, texts and None, in tuples, lists and dicts; got {type(leaf)}"
             )
-    return Signature(pytree.treespec_dumps(structure), tuple(described)), tensors
+    return Signature(structure, tuple(described)), tensors
 
 
-def write(tensors: list[Tensor], payload: Tensor) -> None:
-    """Copy ``tensors`` into ``payload`` (uint8), one after the other."""
-    offset = 0
-    for tensor in tensors:
-        nbytes = tensor.numel() * tensor.element_size()
-        if nbytes:
-            payload[offset : offset + nbytes].view(tensor.dtype).copy_(tensor.detach().reshape(-1))
-        offset += -(-nbytes // _ALIGN) * _ALIGN
+class _Part(NamedTuple):
+    """Where a tensor lies in the payload."""
+
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    requires_grad: bool
 
 
-def read(signature: Signature, payload: Tensor) -> Any:
-    """Return the value whose tensors are views of ``payload`` (uint8)."""
-    values: list[Any] = []
-    offset = 0
-    for leaf in signature.leaves:
-        if not leaf.dtype:
-            values.append(leaf.other)
-            continue
-        part = payload[offset : offset + leaf.nbytes].view(_DTYPES[leaf.dtype]).view(leaf.shape)
-        values.append(part.requires_grad_(leaf.requires_grad))
-        offset += leaf.room
-    return pytree.tree_unflatten(values, pytree.treespec_loads(signature.structure))
+class Layout:
+    """How values of one signature lie in a payload; made once for many of them.
+
+    Example:
+        >>> signature, tensors = signature_of([torch.arange(3), "a"])
+        >>> layout = Layout(signature)
+        >>> payload = torch.empty(layout.nbytes, dtype=torch.uint8)
+        >>> layout.write(tensors, payload)
+        >>> layout.nbytes, layout.read(payload)
+        (64, [tensor([0, 1, 2]), 'a'])
+    """
+
+    def __init__(self, signature: Signature) -> None:
+        self.signature = signature
+        self.nbytes = 0  # of the payload
+        self._parts: list[_Part | None] = []  # None: no tensor
+        self._others: list[Any] = []  # what is no tensor, in its place
+        for leaf in signature.leaves:
+            start, end = self.nbytes, self.nbytes + leaf.nbytes
+            part = _Part(start, end, _DTYPES[leaf.dtype], leaf.shape, leaf.requires_grad) if leaf.dtype else None
+            self._parts.append(part)
+            self._others.append(None if leaf.dtype else json.loads(leaf.other))
+            self.nbytes = -(-end // _ALIGN) * _ALIGN
+
+    def write(self, tensors: Iterable[Tensor], payload: Tensor) -> None:
+        """Copy ``tensors`` into ``payload`` (uint8), one after the other."""
+        for part, tensor in zip(filter(None, self._parts), tensors, strict=True):
+            payload[part.start : part.end].view(part.dtype).view(part.shape).copy_(tensor.detach())
+
+    def read(self, payload: Tensor) -> Any:
+        """Return the value whose tensors are views of ``payload`` (uint8)."""
+        values = [
+            other if part is None else _view(payload, part)
+            for part, other in zip(self._parts, self._others, strict=True)
+        ]
+        return pytree.tree_unflatten(values, self.signature.structure)
+
+
+def _view(payload: Tensor, part: _Part) -> Tensor:
+    found = payload[part.start : part.end].view(part.dtype).view(part.shape)
+    return found.requires_grad_() if part.requires_grad else found

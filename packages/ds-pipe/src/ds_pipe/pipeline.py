@@ -1,7 +1,14 @@
-"""Runs a schedule on one rank: one small function for each operation, in a table."""
+"""Runs a schedule on one rank: one small function for each operation, in a table.
+
+[Note: Early receives]
+A sender sends when the receiver has posted its receive. Rows say when the message comes if all goes as planned; in case
+it comes earlier, a receive is posted some computations before its place in the row. Nobody waits for a receive but who
+needs its value, so the order of everything else stays as it is.
+"""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
@@ -12,14 +19,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .instruction import Instruction, Op, Value
-from .messages import Arrival, Messages
-from .schedule import Schedule, splits_backward
+from .alarm import Alarm, PipelineError
+from .instruction import COMPUTE, Instruction, Op, Value
+from .messages import Arrival, MessageError, Messages
+from .schedule import Row, Schedule, splits_backward
 from .stage import Kept, Stage
 
-
-class PipelineError(RuntimeError):
-    """A rank cannot go on; says at which instruction, and what it waits for."""
+_EARLY = 2  # computations; see [Note: Early receives]
 
 
 class Parameters(Protocol):
@@ -64,6 +70,13 @@ class _Step:
         self.around = around
         self.values: dict[Value, Any] = {}  # received, under way, or computed
         self.losses: list[Tensor] = []
+        self.at = -1  # in the row; -1: before, its length: after
+
+    def where(self, row: Row) -> str:
+        """Say how far it is."""
+        if 0 <= self.at < len(row):
+            return f"at instruction {self.at} of {len(row)}, {row[self.at]}"
+        return "after its last instruction" if row and self.at > 0 else "before its first instruction"
 
 
 def _nothing_around(_stage: int, _micro_batch: int) -> AbstractContextManager[None]:
@@ -82,7 +95,8 @@ class Pipeline:
         group: The ranks of the pipeline; rank 0 of the schedule is rank 0 of the group. None: one process.
         loss: Maps output and target to a number; needed on the rank of the last stage.
         parameters: Who holds the parameters; None: each rank its own.
-        timeout: How long a message may take.
+        timeout: How long a message may take; then, as after any failure, all ranks end with the cause, and the group is
+            closed.
 
     Raises:
         ValueError: The stages or the group are not those of the schedule.
@@ -123,8 +137,14 @@ class Pipeline:
             for index, module in stages.items()
         }
         self._row = schedule.rows[self.rank]
-        self._timeout = timeout
-        self._messages = None if group is None else Messages(group, schedule.num_micro_batches, timeout)
+        self._program = _with_early_receives(self._row, _EARLY)
+        self._messages: Messages | None = None
+        self._alarm: Alarm | None = None
+        self._agreed = group is None  # whether all ranks run this schedule
+        if group is not None:
+            self._messages = Messages(group, schedule.num_micro_batches, timeout)
+            self._alarm = Alarm(group, timeout, self._messages.hang_up)
+            self._alarm.offer(_digest(schedule))
         self._parameters = parameters or Whole()
 
     def run(
@@ -148,23 +168,22 @@ class Pipeline:
             without targets); else nothing.
 
         Raises:
-            PipelineError: A message did not come; names instruction, message and rank.
-            ValueError: Too few micro-batches.
+            PipelineError: This rank or another one cannot go on; names rank, instruction, message and cause.
+            ValueError: Too few micro-batches, or the ranks run different schedules.
         """
-        self._check(inputs, targets)
         scale = 1 / self.schedule.num_micro_batches if scale is None else scale
         step = _Step(inputs, targets, scale, around or _nothing_around)
-        with torch.set_grad_enabled(self.schedule.trains):
-            for index, one in enumerate(self._row):
-                try:
+        try:
+            self._check(inputs, targets)
+            with torch.set_grad_enabled(self.schedule.trains):
+                for step.at, one in self._program:
                     _RUN[one.op](self, step, one)
-                except RuntimeError as error:
-                    raise PipelineError(
-                        f"rank {self.rank} failed at instruction {index} of {len(self._row)}, {one}"
-                        f"{self._awaited(one)}: {error}"
-                    ) from error
-        if self._messages is not None:
-            self._messages.finish()
+            step.at = len(self._row)
+            if self._messages is not None:
+                self._messages.finish()
+        except Exception as error:
+            self._fail(step, error)
+            raise
         return step.losses
 
     def _check(self, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
@@ -173,17 +192,27 @@ class Pipeline:
             raise ValueError(f"the first stage needs {count} micro-batches; got {len(inputs)}")
         if last in self._stages and self.schedule.trains and len(targets) != count:
             raise ValueError(f"the last stage needs {count} targets; got {len(targets)}")
+        if self._alarm is not None and not self._agreed:
+            self._alarm.compare(_digest(self.schedule))
+            self._agreed = True
 
-    def _awaited(self, one: Instruction) -> str:
-        senders = {other.writes[0]: other.peer for other in self._row if other.op is Op.RECV}
-        awaited = [f"{value} (rank {senders[value]} -> {self.rank})" for value in one.reads if value in senders]
-        return f", which needs {' and '.join(awaited)}" if awaited else ""
+    def _fail(self, step: _Step, error: Exception) -> None:
+        """Tell all ranks; raise what says where this one was, unless that was before the first instruction."""
+        where = step.where(self._row)
+        kind = "" if isinstance(error, MessageError) else f"{type(error).__name__}: "
+        text = f"rank {self.rank} failed {where}: {kind}{error}"
+        lost = [error.peer] if isinstance(error, MessageError) else []
+        cause = text if self._alarm is None else self._alarm.raise_all(text, lost)
+        if cause != text:
+            text = f"rank {self.rank} ends {where}: {kind}{error}\nbecause {cause}"
+        if step.at >= 0:
+            raise PipelineError(text) from error
 
     def _take(self, step: _Step, value: Value) -> Any:
         """Return a value, once it is there."""
         found = step.values[value]
         if isinstance(found, Arrival):
-            found = step.values[value] = found.wait(self._timeout)
+            found = step.values[value] = found.value()
         return found
 
     # Operations #
@@ -260,3 +289,19 @@ _RUN: Mapping[Op, Callable[[Pipeline, _Step, Instruction], None]] = MappingProxy
         Op.OPT: Pipeline._step,
     }
 )
+
+
+def _with_early_receives(row: Row, early: int) -> list[tuple[int, Instruction]]:
+    """Return indices in ``row`` and instructions, in the order of running; see [Note: Early receives]."""
+    keyed = []
+    computed = 0  # computations so far
+    for index, one in enumerate(row):
+        computed += one.op in COMPUTE
+        keyed.append((computed - early if one.op is Op.RECV else computed, one.op is not Op.RECV, index))
+    return [(index, row[index]) for _, _, index in sorted(keyed)]
+
+
+def _digest(schedule: Schedule) -> str:
+    """Return a short text that differs for other schedules."""
+    content = hashlib.sha256(str(schedule).encode()).hexdigest()[:12]
+    return f"{schedule.name} of {schedule.num_ranks} ranks and {schedule.num_micro_batches} micro-batches ({content})"
