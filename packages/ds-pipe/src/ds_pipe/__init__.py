@@ -3,6 +3,7 @@
 from .alarm import PipelineError
 from .build import make_greedy_schedule, make_schedule
 from .costs import Costs
+from .model import PipelineModule
 from .pipeline import Pipeline
 from .schedule import Schedule
 from .simulate import Timeline, simulate
@@ -12,6 +13,7 @@ __all__ = [
     "Costs",
     "Pipeline",
     "PipelineError",
+    "PipelineModule",
     "Schedule",
     "ScheduleError",
     "Timeline",

@@ -10,6 +10,7 @@ pass: hooks run and sums are formed as always, with the same bits, and in one pa
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -43,6 +44,8 @@ class DeferredWeights(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Take the place of linear layers; leave everything else as it is."""
+        if func is is_deferring:
+            return True
         if func is functional.linear and torch.is_grad_enabled():
             return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -72,6 +75,28 @@ class DeferredWeights(TorchFunctionMode):
         self._notes.clear()
         if grads:
             torch.autograd.backward([*grads], [*grads.values()])
+
+
+def is_deferring() -> bool:
+    """Whether a :class:`DeferredWeights` is in force.
+
+    Example:
+        >>> with DeferredWeights():
+        ...     is_deferring()
+        True
+    """
+    if torch.overrides.has_torch_function((None,)):  # asks modes, too
+        return bool(torch.overrides.handle_torch_function(is_deferring, (None,)))
+    return False
+
+
+def recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Return contexts for a forward pass and for running it again in the backward pass: ``context_fn`` of a checkpoint.
+
+    What is run again has to keep what the first run would have kept, so under :class:`DeferredWeights` it runs under
+    another one, whose own notes nobody needs.
+    """
+    return nullcontext(), DeferredWeights() if is_deferring() else nullcontext()
 
 
 class _Uses(NamedTuple):

@@ -1,0 +1,197 @@
+"""A model as a row of layers, cut into stages of which each rank makes its own."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import causal_lm
+from .assembly import assemble
+from .keyed import kept_generators
+from .layers import Layer, Tie, layers_of, ties_of_modules, ties_of_specs
+from .partition import balanced, uniform
+
+if TYPE_CHECKING:
+    from .part import Part
+
+_METHODS = "'uniform', 'parameters' and 'type:REGEX'"
+
+
+class PipelineModule:
+    """A description of a model: what its layers are, not what is in them.
+
+    Of a layer given as :class:`~ds_pipe.layers.LayerSpec` nothing is there until :meth:`build`; a ready module is on
+    every rank that describes the model.
+
+    Args:
+        layers: One after the other, each a ``LayerSpec``, a ``TiedLayerSpec``, a module or a function. A layer gets
+            what the one before returns as one argument, also a tuple; the first one the micro-batch.
+        num_stages: Stages on all ranks, for who builds them; None: they decide.
+        loss_fn: Maps the last layer's output and a target to a number.
+        partition_method: What stages have equally much of: ``uniform`` layers, ``parameters`` that are trained, or
+            layers whose class name matches, ``type:REGEX``, in any case of letters.
+        activation_checkpoint_interval: Keep, of so many layers each, the input only and run them again in the backward
+            pass; 0: keep everything. The bits are the same.
+        seed_layers: Make each layer from the seed ``base_seed`` and its index; otherwise, from ``torch.initial_seed()``
+            and its index. So initial values do not depend on where the model is cut; with the first, neither on what
+            the caller has seeded.
+        base_seed: See there.
+
+    Raises:
+        ValueError: No layer, a name that cannot be, or settings that do not fit.
+
+    Example:
+        >>> from .layers import LayerSpec
+        >>> specs = [LayerSpec(nn.Linear, 4, 8), nn.ReLU(), LayerSpec(nn.Linear, 8, 8), LayerSpec(nn.Linear, 8, 2)]
+        >>> model = PipelineModule(specs, loss_fn=nn.functional.mse_loss)
+        >>> model.num_layers, model.bounds(2)
+        (4, [0, 2, 4])
+        >>> [name for name, _ in model.build(2, 4).named_parameters()]
+        ['2.weight', '2.bias', '3.weight', '3.bias']
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[Any],
+        *,
+        num_stages: int | None = None,
+        loss_fn: Callable[[Any, Any], Tensor] | None = None,
+        partition_method: str = "parameters",
+        activation_checkpoint_interval: int = 0,
+        seed_layers: bool = True,
+        base_seed: int = 1234,
+    ) -> None:
+        items = list(layers)
+        names = [str(index) for index in range(len(items))]
+        made = layers_of(items, names)
+        self._layers: Sequence[Layer] = made
+        self.ties: Mapping[str, Tie] = {**ties_of_specs(items, made, names), **ties_of_modules(made)}
+        """Parameters that several layers have in common, by key; of ready modules by their names."""
+        self.num_stages = num_stages
+        self.loss_fn = loss_fn
+        self._method = partition_method
+        self._interval = activation_checkpoint_interval
+        self._base_seed = base_seed if seed_layers else None
+        self._check()
+
+    @classmethod
+    def from_sequential(cls, model: nn.Sequential, **settings: Any) -> PipelineModule:
+        """Return the description of an ``nn.Sequential``: its children are the layers, and keep their names.
+
+        Args:
+            model: It; not changed.
+            settings: As of the class.
+
+        Example:
+            >>> model = PipelineModule.from_sequential(nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1)))
+            >>> model.num_layers
+            3
+        """
+        # named_children() leaves out a module that is there a second time
+        children = dict(model._modules)
+        made = cls([*children.values()], **settings)
+        return made._named(layers_of([*children.values()], [*children]))
+
+    @classmethod
+    def from_causal_lm(
+        cls, model: nn.Module, *, layers: str | None = None, after: Sequence[str] | None = None, **settings: Any
+    ) -> PipelineModule:
+        """Return the description of a causal language model as Hugging Face writes them; see [Note: Causal models].
+
+        Its first layer maps token ids (batch, tokens), or a dictionary of the model's arguments, to hidden states; its
+        last one returns logits (batch, tokens, vocabulary).
+
+        Args:
+            model: It; not changed. On the device ``meta`` it costs nothing, and a stage's weights are loaded by name.
+            layers: Where its decoder layers are, as ``model.layers``; None: where such models mostly have them.
+            after: What follows them, as ``("model.norm", "lm_head")``.
+            settings: As of the class.
+
+        Raises:
+            ValueError: The model is built in another way; says what was looked for. Models that are not on ``meta``
+                are tried out once, on four tokens.
+        """
+        found = causal_lm.layers_of(model, layers, after)
+        return cls([nn.Identity()], **settings)._named(found)
+
+    def _named(self, layers: Sequence[Layer]) -> PipelineModule:
+        self._layers = layers
+        self.ties = ties_of_modules(layers)
+        self._check()
+        return self
+
+    def _check(self) -> None:
+        if not self._layers:
+            raise ValueError("a model has at least one layer; got none")
+        if self._interval < 0:
+            raise ValueError(f"activation_checkpoint_interval is a number of layers, or 0; got {self._interval}")
+        if self._method.lower() not in ("uniform", "parameters") and not self._method.lower().startswith("type:"):
+            raise ValueError(f"partition_method is one of {_METHODS}; got {self._method!r}")
+
+    @property
+    def num_layers(self) -> int:
+        """Layers of the whole model."""
+        return len(self._layers)
+
+    @property
+    def layer_names(self) -> list[str]:
+        """What the layers are called, for tables."""
+        return [f"{layer.name} ({layer.kind})" for layer in self._layers]
+
+    def bounds(self, num_stages: int, *, seconds: Sequence[float] | None = None) -> list[int]:
+        """Return where to cut: stage s has the layers from ``bounds[s]`` to before ``bounds[s + 1]``, at least one.
+
+        The largest stage is as small as can be, in what ``partition_method`` counts.
+
+        Args:
+            num_stages: Stages.
+            seconds: Of each layer, measured: counted in place of what ``partition_method`` says.
+
+        Raises:
+            ValueError: More stages than layers, another number of times than layers, or a regex that nothing matches.
+        """
+        if seconds is not None:
+            if len(seconds) != self.num_layers:
+                raise ValueError(f"seconds of {self.num_layers} layers are needed; got {len(seconds)}")
+            return balanced(seconds, num_stages)
+        method, _, pattern = self._method.partition(":")
+        if method.lower() == "uniform":
+            return uniform(self.num_layers, num_stages)
+        if method.lower() == "parameters":
+            with kept_generators():
+                return balanced([layer.trained() for layer in self._layers], num_stages)
+        matches = [bool(re.search(pattern, layer.kind, re.IGNORECASE)) for layer in self._layers]
+        if not any(matches):
+            kinds = ", ".join(dict.fromkeys(layer.kind for layer in self._layers))
+            raise ValueError(f"no layer's class matches {pattern!r} of partition_method {self._method!r}; got {kinds}")
+        return balanced(matches, num_stages)
+
+    def build(self, first: int, last: int, *, lent: Mapping[str, Callable[[], Tensor]] | None = None) -> Part:
+        """Make the layers ``first`` to before ``last``; no memory is taken for the others.
+
+        Names and initial values of parameters and buffers are those of the whole model, ``build(0, num_layers)``.
+
+        A tied parameter belongs to the part that has the first of its layers, and a part that has a later one borrows
+        it: it is none of its parameters, and has to be lent for each forward pass.
+
+        Args:
+            first: Index of a layer.
+            last: Index after the last one.
+            lent: By key of ``ties``, what returns the weight for the forward pass that begins; its gradient is computed
+                with those of the inputs, never later.
+
+        Raises:
+            ValueError: There are no such layers; or a tied parameter is needed that is not lent; or layers on both
+                sides of the cut have a buffer in common.
+        """
+        if not 0 <= first < last <= self.num_layers:
+            raise ValueError(f"0 <= first < last <= {self.num_layers} has to hold; got first={first}, last={last}")
+        base = torch.initial_seed() if self._base_seed is None else self._base_seed
+        with kept_generators():
+            return assemble(
+                self._layers, self.ties, range(first, last), lent=lent or {}, seed=base, interval=self._interval
+            )

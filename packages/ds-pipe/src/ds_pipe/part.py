@@ -1,0 +1,136 @@
+"""A part of a model that is there: the layers of one stage, as a module."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .deferred import recomputing
+from .keyed import Key, draw_from, kept_generators
+from .layers import Modules
+
+
+class Borrowed(NamedTuple):
+    """A parameter that a step runs with, and does not have."""
+
+    key: str
+    module: nn.Module
+    attribute: str
+
+
+class Step(NamedTuple):
+    """One layer of a part."""
+
+    layer: int  # its index in the whole model
+    run: Callable[[Modules, Any], Any]
+    paths: Sequence[str]  # of its modules in the part, where they are looked up: whoever replaces one is heard
+    foreign: Modules  # modules of another part; else none
+    borrowed: Sequence[Borrowed]
+
+
+class Part(nn.Module):
+    """The layers of one stage, made by ``PipelineModule.build``.
+
+    Maps what the stage before hands on to what this one hands on; the first one, the micro-batch.
+
+    [Note: Recomputed layers]
+    A group of layers that is recomputed keeps its input, and runs again when the backward pass needs what
+    is within: with the random numbers it had, in the same way. Where a schedule computes weight gradients later, it does so
+    for the group, too: what is recomputed for them stays until then.
+    """
+
+    def __init__(
+        self,
+        modules: Modules,
+        steps: Sequence[Step],
+        interval: int,
+        lent: Mapping[str, Callable[[], Tensor]],
+    ) -> None:
+        super().__init__()
+        for path, module in modules.items():
+            _attach(self, path.split("."), module)
+        size = interval or len(steps)
+        self._groups = [steps[start : start + size] for start in range(0, len(steps), size)]
+        self._recomputes = interval > 0
+        self._lent = lent
+        self._key: Key | None = None
+
+    @contextmanager
+    def keyed(self, seed: int, micro_batch: int) -> Iterator[None]:
+        """Within the block, let each layer draw random numbers that depend on this and its index; see [Note: Keys].
+
+        Args:
+            seed: Of the run.
+            micro_batch: Its number, in the whole run.
+
+        Example:
+            >>> from .model import PipelineModule
+            >>> model = PipelineModule([nn.Dropout(), nn.Dropout()])
+            >>> with (whole := model.build(0, 2)).keyed(seed=5, micro_batch=0):
+            ...     want = whole(torch.ones(9))
+            >>> value = torch.ones(9)
+            >>> for part in (model.build(0, 1), model.build(1, 2)):
+            ...     with part.keyed(seed=5, micro_batch=0):
+            ...         value = part(value)
+            >>> torch.equal(value, want)
+            True
+        """
+        before, self._key = self._key, Key(seed, micro_batch)
+        try:
+            yield
+        finally:
+            self._key = before
+
+    def forward(self, value: Any) -> Any:
+        """Run the layers on one value; see ``PipelineModule``."""
+        key = self._key
+        # views are no leaves: DeferredWeights leaves such weights alone, whose gradient has to leave with the input's
+        lent = {name: give().view_as(give()) for name, give in self._lent.items()}
+        for group in self._groups:
+            if self._recomputes and torch.is_grad_enabled():
+                value = checkpoint(
+                    self._run, group, value, key, lent,
+                    use_reentrant=False, preserve_rng_state=key is None, context_fn=recomputing,
+                )  # fmt: skip
+            else:
+                value = self._run(group, value, key, lent)
+        return value
+
+    def _run(self, steps: Sequence[Step], value: Any, key: Key | None, lent: Mapping[str, Tensor]) -> Any:
+        with nullcontext() if key is None else kept_generators():
+            for step in steps:
+                if key is not None:
+                    draw_from(key, step.layer)
+                modules = step.foreign or {path: self.get_submodule(path) for path in step.paths}
+                with ExitStack() as stack:
+                    for borrowed in step.borrowed:
+                        stack.enter_context(_lending(borrowed, lent[borrowed.key]))
+                    value = step.run(modules, value)
+        return value
+
+
+@contextmanager
+def _lending(borrowed: Borrowed, tensor: Tensor) -> Iterator[None]:
+    parameters: dict[str, Any] = borrowed.module._parameters
+    parameters[borrowed.attribute] = tensor
+    try:
+        yield
+    finally:
+        parameters[borrowed.attribute] = None
+
+
+def _attach(root: nn.Module, path: Sequence[str], module: nn.Module) -> None:
+    """Put ``module`` where its qualified name says, with empty modules on the way."""
+    *outer, last = path
+    for name in outer:
+        inner = root._modules.get(name)
+        if inner is None:
+            inner = nn.Module()
+            root.add_module(name, inner)
+        root = inner
+    root.add_module(last, module)
