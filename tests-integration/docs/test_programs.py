@@ -64,7 +64,12 @@ def run(folder: Path, source: str, command: list[str]) -> None:
         ("README.md", 1, "", "assert engine.global_steps == 8"),
         ("packages/ds-core/README.md", 2, "", "assert weights.keys() == moments.keys() == {'weight', 'bias'}"),
         ("packages/ds-zero/README.md", 2, "", "assert norm > 0"),
-        ("packages/ds-pipe/README.md", 2, "", "assert len(losses) == 4 and schedule.num_stages == 8"),
+        (
+            "packages/ds-pipe/README.md",
+            3,
+            "",
+            "assert len(losses) == 4 and bounds == [0, 4, 9] and schedule.num_stages == 8",
+        ),
         ("docs/optimizers.md", 1, "", OWN_OPTIMIZER),
         ("docs/scale.md", 1, "", "assert sent['all_gather'] == 14 * sent['reduce_scatter'] // 8"),
         ("docs/slow-links.md", 1, "", "assert loss < 0.5 and sent == 0 and state['param_groups'][0]['step'] == 80"),

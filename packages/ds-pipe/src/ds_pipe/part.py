@@ -39,9 +39,9 @@ class Part(nn.Module):
     Maps what the stage before hands on to what this one hands on; the first one, the micro-batch.
 
     [Note: Recomputed layers]
-    A group of layers that is recomputed keeps its input, and runs again when the backward pass needs what
-    is within: with the random numbers it had, in the same way. Where a schedule computes weight gradients later, it does so
-    for the group, too: what is recomputed for them stays until then.
+    A group of layers that is recomputed keeps its input, and runs again when the backward pass needs what is within:
+    with the random numbers it had. Where a schedule computes weight gradients later, it does so for the group, too: what is
+    recomputed for them stays until then.
     """
 
     def __init__(
