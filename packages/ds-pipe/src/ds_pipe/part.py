@@ -40,7 +40,7 @@ class Part(nn.Module):
 
     [Note: Recomputed layers]
     A group of layers that is recomputed keeps its input, and runs again when the backward pass needs what is within:
-    with the random numbers it had. Where a schedule computes weight gradients later, it does so for the group, too: what is
+    with the random numbers it had. Where a schedule computes weight gradients later, it does so here, too, and what is
     recomputed for them stays until then.
     """
 
