@@ -10,12 +10,10 @@ that the slowest link of a ring would carry, by time, comparable between numbers
 from __future__ import annotations
 
 import argparse
-import multiprocessing
 import os
 import platform
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -27,6 +25,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from .backends import register_backends
+from .spawning import on_this_host
 
 COPIES = "copies"
 """The contender that only copies."""
@@ -254,18 +253,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ds_comm.
     parser.add_argument("--out", type=Path, help="a file for the table")
     parser.add_argument("--picture", type=Path, help="a file for the picture; needs matplotlib")
     options = parser.parse_args(arguments)
-    context = multiprocessing.get_context("spawn")
-    with tempfile.TemporaryDirectory(prefix="ds-bench-") as folder:
-        processes = [
-            context.Process(target=_rank, args=(rank, f"{folder}/store", options)) for rank in range(options.ranks)
-        ]
-        for process in processes:
-            process.start()
-        for process in processes:
-            process.join()
-    failed = [rank for rank, process in enumerate(processes) if process.exitcode]
-    if failed:
-        raise SystemExit(f"ranks {failed} failed: their output says why")
+    on_this_host(options.ranks, _rank, options)
 
 
 if __name__ == "__main__":
