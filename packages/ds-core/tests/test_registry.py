@@ -82,7 +82,7 @@ def test_a_missing_plugin_lists_what_is_installed_and_what_to_install(install):
 def test_a_missing_plugin_of_a_group_of_ours_names_the_wheel():
     with pytest.raises(MissingPluginError, match="plugins of this group come with 'pip install ds-kernels'"):
         load("ds.kernels", "no such backend")
-    with pytest.raises(MissingPluginError, match="come with 'pip install ds-kernels ds-zero'"):
+    with pytest.raises(MissingPluginError, match="come with 'pip install ds-kernels ds-zero ds-comm'"):
         load("ds.optimizer", "no such optimizer")
 
 

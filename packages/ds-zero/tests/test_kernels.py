@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from ds_zero.gradient import tree_root
 from ds_zero.kernels import TorchKernels
 from ds_zero.layout import LEAF
-from ds_zero.sharded import tree_root
 from hypothesis import given
 from hypothesis import strategies as st
 

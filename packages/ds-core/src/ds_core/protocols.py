@@ -35,7 +35,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "ds.store": (),
     "ds.pipeline": (),
     "ds.collectives": ("ds-comm",),
-    "ds.optimizer": ("ds-kernels", "ds-zero"),
+    "ds.optimizer": ("ds-kernels", "ds-zero", "ds-comm"),
     "ds.attention": (),
     "ds.kernels": ("ds-kernels",),
     "ds.monitor": (),

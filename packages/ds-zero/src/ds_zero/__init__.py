@@ -3,7 +3,8 @@
 from .api import Parts, shard
 from .config import Precision, ZeroConfig
 from .deferred import deferred
-from .sharded import GradNorm, MemoryReport, Sharded
+from .gradient import GradNorm
+from .sharded import MemoryReport, Sharded
 from .state import PartState, Piece
 from .weights import load_safetensors, save_safetensors
 

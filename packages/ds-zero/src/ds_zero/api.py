@@ -19,7 +19,7 @@ from .flat import Resources, StoragePool
 from .kept import compute_dtypes
 from .kernels import TorchKernels
 from .mesh import mesh_of
-from .optimizing import make_over, own_groups
+from .optimizing import check_own, make_over, own_groups
 from .placement import placements_of
 from .sharded import Sharded
 from .update import torch_update
@@ -125,8 +125,17 @@ def shard(
     comm = mesh.everyone
     _check_exact(comm, config, parts.compression)
     hybrid = mesh.across.size > 1
+    if arranged.exchanges:
+        check_own(
+            config.stage,
+            compressed=parts.compression is not None and parts.compression.rounds_weights,
+            hybrid=hybrid,
+            exact=config.require_exact,
+            name=arranged.optimizer,
+        )
     placements = placements_of(
-        config.stage,
+        # at stage 0 replicas of its state would save nothing: weights are gathered instead of gradients
+        max(config.stage, 1) if arranged.exchanges else config.stage,
         comm.size,
         mics=hybrid and config.mics_shard_size > 0,
         hpz=hybrid and config.zero_hpz_partition_size > 1,
@@ -148,8 +157,8 @@ def shard(
     settle_rest(model)
     diagnosis.learn(model, units)
     _broadcast_buffers(model, comm)
-    optimizer, update, whole = make_over(units, arranged, make_optimizer, parts.update, shared)
-    return Sharded(model, units, optimizer, update=update, whole=whole, shared=shared)
+    optimizer, update, whole, own = make_over(units, arranged, make_optimizer, parts.update, shared)
+    return Sharded(model, units, optimizer, update=update, whole=whole, own=own, shared=shared)
 
 
 def _device_of(model: nn.Module) -> torch.device:

@@ -1,4 +1,4 @@
-"""The gradient of one flat: written by autograd, summed over ranks and accumulation steps along a fixed tree.
+"""The gradient of one flat: written by autograd, summed over ranks and accumulation steps along a fixed tree; its norm.
 
 [Note: Summation tree]
 Floating-point addition is not associative, so "the same bits on any number of ranks" needs one fixed order. Leaves
@@ -7,12 +7,19 @@ accumulation step i, rank r of N computes micro-batch ``i * N + r``. The ranks' 
 neighbouring leaves, which the reduction adds along the lower levels of the tree; :class:`TreeSum` adds the steps
 along the upper levels, like a binary counter: partial sums of 1, 2, 4, ... steps, at most one of each. For every N
 that is a power of two this is one and the same tree. Partial sums are shards, in float32.
+
+[Note: Norm tree]
+The squared norm of a buffer is a binary tree of float64 sums whose leaves are the sums of squares of blocks of
+``LEAF`` consecutive elements. Block boundaries do not depend on where the buffer is cut into shards, so each rank
+sums the subtrees that lie in its shard (``chunk_sumsq``), the few subtree roots are gathered, and the rest of the
+tree is added the same way everywhere (:func:`tree_root`).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +28,12 @@ from .layout import Layout
 from .placement import Placement
 
 if TYPE_CHECKING:
-    from ds_core.protocols import Handle
+    from ds_core.protocols import Collectives, Handle
 
-    from .flat import Resources
+    from .flat import Flat, Resources
+
+_MAX_NORM_ROWS = 1 << 21
+"""Subtree roots gathered at a time, 16 MB: those of 8.6e9 gradient elements. More only for a unit that has more."""
 
 
 class TreeSum:
@@ -212,6 +222,15 @@ class FlatGradient:
             )
         return total
 
+    def own(self) -> Tensor:
+        """Return this rank's own gradient ([L]), of all passes since the last step, none of which was sent."""
+        if not self._filling:
+            self._start_leaf()
+        for index, view in enumerate(self._views):
+            if index not in self._accepted:
+                view.zero_()
+        return self._leaf
+
     def squares(self) -> Tensor:
         """Return the float64 sums of squares of :meth:`reduced`, one for each granule of the layout."""
         if self._squares is None:
@@ -261,3 +280,91 @@ class FlatGradient:
     def _end_leaf(self) -> None:
         if self._pooled:
             self._shared.grad_pool.release(self._leaf.untyped_storage())
+
+
+class GradNorm(NamedTuple):
+    """Norm of the mean gradient."""
+
+    value: float  # L2, over all parameters; not finite when any gradient is not
+    culprit: str | None  # first parameter whose gradient is not finite
+    squares: tuple[float, ...] = ()  # of the sums of gradients, by part; with those of other models, one norm of all
+
+
+class NormTree:
+    """Measures the norm of reduced gradients; see [Note: Norm tree].
+
+    Args:
+        flats: The trained ones.
+        comm: All ranks.
+    """
+
+    def __init__(self, flats: Sequence[Flat], comm: Collectives) -> None:
+        self._flats = flats
+        self._comm = comm
+        self._batches = _norm_batches(flats, comm.size)
+
+    def measure(self, scale: float) -> GradNorm:
+        """Return the L2 norm of ``scale`` times the sums; small messages (see [Note: Norm tree]).
+
+        They take 8 bytes for each 64 to 4,096 gradient elements.
+        """
+        roots: list[float] = []
+        for batch in self._batches:
+            rows = [gradient.squares() for gradient in batch]
+            gathered = self._comm.gather_rows(torch.cat(rows))
+            roots += tree_root(_padded(_in_layout_order(gathered, [row.numel() for row in rows]))).tolist()
+        total = math.fsum(roots)
+        if math.isfinite(total):
+            return GradNorm(math.sqrt(total) * scale, None, tuple(roots))
+        return GradNorm(total, self._first_not_finite(roots), tuple(roots))
+
+    def _first_not_finite(self, roots: Sequence[float]) -> str | None:
+        """Name the parameter, from the squared norm of each flat, which all ranks have; communicates."""
+        for flat, root in zip(self._flats, roots, strict=True):
+            if flat.gradient is not None and not math.isfinite(root):
+                chunks = self._comm.gather_rows(flat.gradient.squares()).reshape(-1)
+                start = int(torch.nonzero(~torch.isfinite(chunks))[0]) * flat.layout.granule
+                names = [overlap.slot.name for overlap in flat.layout.overlaps(start, start + flat.layout.granule)]
+                return " or ".join(names)
+        return None
+
+
+def _in_layout_order(gathered: Tensor, widths: Sequence[int]) -> list[Tensor]:
+    """Split ``[ranks, sum(widths)]`` into one vector per flat, ordered by position in the flat."""
+    return [columns.reshape(-1) for columns in gathered.split(list(widths), dim=1)]
+
+
+def _padded(chunks: Sequence[Tensor]) -> Tensor:
+    """Stack vectors into rows of one power-of-two width; zeros at the end change no tree."""
+    width = 1 << (max(chunk.numel() for chunk in chunks) - 1).bit_length()
+    rows = chunks[0].new_zeros(len(chunks), width)
+    for row, chunk in zip(rows, chunks, strict=True):
+        row[: chunk.numel()] = chunk
+    return rows
+
+
+def _norm_batches(flats: Sequence[Flat], num_ranks: int) -> list[list[FlatGradient]]:
+    """Group the flats so that no message of the norm grows with the model: one on most models."""
+    batches: list[list[FlatGradient]] = []
+    width = 0  # of the widest flat in the last batch
+    for flat in flats:
+        if flat.gradient is not None:
+            rows = num_ranks * (flat.layout.shard_numel // flat.layout.granule)
+            width = max(width, rows)
+            if not batches or (len(batches[-1]) + 1) * width > _MAX_NORM_ROWS:
+                batches.append([])
+                width = rows
+            batches[-1].append(flat.gradient)
+    return batches
+
+
+def tree_root(rows: Tensor) -> Tensor:
+    """Add each row of ``rows`` ([n, 2**k], float64) along a binary tree; zeros behind the data change nothing.
+
+    Example:
+        >>> tree_root(torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64))
+        tensor([6.], dtype=torch.float64)
+    """
+    while rows.shape[1] > 1:
+        rows = rows[:, ::2] + rows[:, 1::2]
+    return rows[:, 0]

@@ -36,6 +36,9 @@ logger = logging.getLogger(__package__)
 KEY = "update_kind"
 """Key of a parameter group that holds the declaration."""
 
+EXCHANGES = "exchanges"
+"""Key of the groups of an optimizer that exchanges messages itself; see [Note: Steps by own gradients]."""
+
 ELEMENTWISE = (
     torch.optim.Adadelta,
     torch.optim.Adagrad,
@@ -91,6 +94,7 @@ class Arranged(NamedTuple):
     groups: ParamGroups  # over the model's parameters, with the settings of the optimizer
     kinds: list[UpdateKind]  # of each group
     optimizer: str = "none"  # its class
+    exchanges: bool = False  # whether it exchanges messages itself
 
 
 def arrange(
@@ -125,7 +129,8 @@ def arrange(
     kinds = _kinds(type(probe), own)
     _check_statistics(probe, kinds)
     arranged = [{**entry, "params": [originals[p] for p in entry["params"]]} for entry in own]
-    return Arranged(arranged, kinds, f"{type(probe).__module__}.{type(probe).__qualname__}")
+    name = f"{type(probe).__module__}.{type(probe).__qualname__}"
+    return Arranged(arranged, kinds, name, any(group.get(EXCHANGES) for group in own))
 
 
 def _check_maker(make_optimizer: object) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
     from .flat import Flat, Resources
     from .mesh import Mesh
+    from .own import OwnGradients
     from .whole import WholeTensors
 
 
@@ -23,6 +24,8 @@ def export(
     flats: Sequence[Flat],
     optimizer: torch.optim.Optimizer | None,
     whole: WholeTensors,
+    *,
+    own: OwnGradients,
     shared: Resources,
 ) -> state.PartState:
     """Return live views of all state on this rank."""
@@ -36,6 +39,7 @@ def export(
             pieces += state.optimizer_pieces(flat, optimizer)
         pieces += whole_state.pieces(whole, optimizer)
         pieces += owed.pieces(trained, shared.wire, shared.mesh.across)
+        pieces += own.pieces()
         scalars["optimizer"] = {
             **state.optimizer_scalars(trained, optimizer),
             **whole_state.scalars(whole, optimizer),
@@ -52,6 +56,7 @@ def prepare_load(
     whole: WholeTensors,
     source: StateSource,
     *,
+    own: OwnGradients,
     wire: Mesh,
     strict: bool,
 ) -> Callable[[], None]:
@@ -82,6 +87,7 @@ def prepare_load(
             state.load_optimizer(trained, optimizer, source, saved, known)
             whole_state.load(whole, optimizer, source, saved, known)
             owed.load(trained, wire, source)
+            own.load(source)
 
     return load
 

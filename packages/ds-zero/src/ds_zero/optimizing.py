@@ -10,10 +10,12 @@ import torch
 from torch import nn
 
 from .kinds import Arranged, UpdateKind, arrange
+from .own import OwnGradients
 from .tensor_sums import ShardSums, SumsOfSquares
 from .whole import WholeTensors
 
 if TYPE_CHECKING:
+    from ds_core.exchange_protocols import ExchangingOptimizer
     from ds_core.protocols import ParamGroups, UpdateRule
 
     from .flat import Resources
@@ -33,6 +35,7 @@ class Made(NamedTuple):
     optimizer: torch.optim.Optimizer | None
     update: UpdateRule  # runs its step
     whole: WholeTensors
+    own: OwnGradients
 
 
 def own_groups(
@@ -72,6 +75,27 @@ def _checked(param_groups: ParamGroups | None, names: Mapping[nn.Parameter, str]
     return groups
 
 
+def check_own(stage: int, *, compressed: bool, hybrid: bool, exact: bool, name: str) -> None:
+    """Refuse settings under which an optimizer cannot exchange messages itself.
+
+    Raises:
+        ValueError: There are some.
+    """
+    where = f"optimizer {name} exchanges messages itself, and updates whole weights on every rank"
+    instead = "or another optimizer with zero_quantized_gradients, which sends few bits at every stage"
+    if stage == 3:
+        raise ValueError(f"{where}: at stage {stage} no rank has them; use stage 0, 1 or 2, {instead}")
+    if hybrid:
+        raise ValueError(f"{where}, over all ranks at once: remove mics_shard_size, or use {instead[3:]}")
+    if compressed:
+        raise ValueError(
+            f"{where}, so rounding weights on their way would be lost on it: remove zero_quantized_weights "
+            "(weights of the section collectives)"
+        )
+    if exact:
+        raise ValueError(f"require_exact = True, but {name} rounds what it sends; use another one")
+
+
 def make_over(
     units: Sequence[Unit],
     arranged: Arranged,
@@ -88,12 +112,12 @@ def make_over(
         update: Runs the step over what the optimizer holds.
         shared: Communication, and the data type of gradients.
     """
-    groups, kinds, _ = arranged
+    groups, kinds = arranged.groups, arranged.kinds
     flats = [flat for unit in units for flat in unit.trained_flats]
     holders = shared.mesh.holders_of(shared.placements.state, shared.kernels)
     whole = WholeTensors(flats, kinds, holders, shared.gradient_dtype)
     if make_optimizer is None:
-        return Made(None, update, whole)
+        return Made(None, update, whole, OwnGradients(flats, None, shared))
     params: list[list[Any]] = [[] for _ in groups]
     for segment in (segment for flat in flats for segment in flat.segments):
         if not kinds[segment.group].whole:
@@ -104,4 +128,6 @@ def make_over(
     counted = [group for group, kind in enumerate(kinds) if kind is UpdateKind.STATISTICS]
     if counted:
         cast("TakesSums", optimizer).share_sums(ShardSums(flats, counted, holders.comm))
-    return Made(optimizer, partial(whole.update, update) if whole.groups else update, whole)
+    exchanging = cast("ExchangingOptimizer", optimizer) if arranged.exchanges else None
+    own = OwnGradients(flats, exchanging, shared)
+    return Made(optimizer, partial(whole.update, update) if whole.groups else update, whole, own)

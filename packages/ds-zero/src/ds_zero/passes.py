@@ -76,6 +76,7 @@ class Reducer:
         self._late: set[Unit] = set()  # had a gradient after they were sent; learned, they wait for the end
         self._in_flight: deque[Unit] = deque()
         self.sync = True
+        self.keep = False  # whether gradients stay on this rank, in their leaves; see [Note: Steps by own gradients]
         self.num_passes = 0  # since the last reset
         self.unsent = False  # whether gradients of the last pass were kept on this rank
         self._partial = set(self._units)  # not known to have a gradient for each parameter
@@ -100,7 +101,9 @@ class Reducer:
         """Take one parameter gradient of ``unit``; True when all that is expected has come."""
         self.open()
         self._arrived[unit] += 1
-        if self.sync and unit in self._sent:
+        if self.keep:
+            unit.accept(flat, param)
+        elif self.sync and unit in self._sent:
             self._late.add(unit)
         elif self.sync:
             self._make_room()
@@ -147,15 +150,16 @@ class Reducer:
     def _end(self) -> None:
         self._finish_all()
         if self._arrived:
+            sends = self.sync and not self.keep
             left = [unit for unit in self._order if unit not in self._sent or unit in self._late]
-            for unit in left if self.sync else []:
+            for unit in left if sends else []:
                 self.send(unit)
             self._finish_all()
-            if self.sync and not self._is_agreed:
+            if sends and not self._is_agreed:
                 self._learn_order()
             self._partial = {unit for unit in self._units if self._arrived[unit] < unit.num_trained}
             self.num_passes += 1
-            self.unsent = not self.sync
+            self.unsent = not (self.sync or self.keep)
         self._close()
         self._on_end()
 

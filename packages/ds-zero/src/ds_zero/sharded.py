@@ -1,24 +1,17 @@
-"""A partitioned model: its step, its norm, its state, and the verbs a pipeline needs.
-
-[Note: Norm tree]
-The squared norm of a buffer is a binary tree of float64 sums whose leaves are the sums of squares of blocks of
-``LEAF`` consecutive elements. Block boundaries do not depend on where the buffer is cut into shards, so each rank
-sums the subtrees that lie in its shard (``chunk_sumsq``), the few subtree roots are gathered, and the rest of the
-tree is added the same way everywhere (:func:`tree_root`).
-"""
+"""A partitioned model: its step, its norm, its state, and the verbs a pipeline needs."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from . import model_state, state
 from .access import Access, Calls
 from .blocks import Blocks
+from .gradient import GradNorm, NormTree
 from .outside import OutsideReads
 from .parking import Parking, states_of
 from .passes import Hooks, Reducer, agree_over
@@ -29,28 +22,16 @@ from .weights import Weights
 if TYPE_CHECKING:
     from ds_core.protocols import BlockCall, StateSource, UpdateRule
 
-    from .flat import Flat, Resources
-    from .gradient import FlatGradient
+    from .flat import Resources
+    from .own import OwnGradients
     from .state import PartState, Piece
     from .whole import WholeTensors
-
-
-_MAX_NORM_ROWS = 1 << 21
-"""Subtree roots gathered at a time, 16 MB: those of 8.6e9 gradient elements. More only for a unit that has more."""
 
 
 _UNSENT = (
     "the last backward pass kept its gradients on this rank, so the sums lack them: the last backward pass of a step "
     "has to send (outside no_sync, or after set_sync(enabled=True)); or forget all gradients with drop_gradients()"
 )
-
-
-class GradNorm(NamedTuple):
-    """Norm of the mean gradient."""
-
-    value: float  # L2, over all parameters; not finite when any gradient is not
-    culprit: str | None  # first parameter whose gradient is not finite
-    squares: tuple[float, ...] = ()  # of the sums of gradients, by part; with those of other models, one norm of all
 
 
 class MemoryReport(NamedTuple):
@@ -84,11 +65,13 @@ class Sharded:
         *,
         update: UpdateRule,
         whole: WholeTensors,
+        own: OwnGradients,
         shared: Resources,
     ) -> None:
         self.module = module
         self.optimizer = optimizer
         self._whole = whole
+        self._own = own
         self._units = list(units)
         self._flats = [flat for unit in units for flat in unit.flats]
         self._trained = [flat for flat in self._flats if flat.gradient is not None]
@@ -98,7 +81,9 @@ class Sharded:
         self._sharded = shared.placements.param is not Placement.REPLICATE
         self._residency = Residency()
         self._reducer = Reducer(units, self._end_pass, agree_over(shared.mesh.everyone, units))
-        self._norm_batches = _norm_batches(self._trained, shared.mesh.everyone.size)
+        self._exchanges = own.exchanges
+        self._reducer.keep = own.wanted
+        self._norms = NormTree(self._trained, shared.mesh.everyone)
         self._blocks = Blocks(units)
         self._norm: GradNorm | None = None  # of the gradients as they stand
         self.parking = Parking(module, lambda: states_of(self._flats, self.optimizer), self._release)
@@ -182,10 +167,12 @@ class Sharded:
     def grad_norm(self) -> GradNorm:
         """Return the norm of the mean gradient over all ranks and all micro-batches since the last step.
 
-        Communicates a few bytes per thousand gradient elements; all ranks call it.
+        Communicates a few bytes per thousand gradient elements; all ranks call it. An upper bound where the
+        optimizer takes each rank's own gradient, see [Note: Steps by own gradients].
         """
         if self._norm is None:
-            self._norm = self._measure_norm(self._mean())
+            scale = self._mean()
+            self._norm = self._own.norm(scale) if self._reducer.keep else self._norms.measure(scale)
         return self._norm
 
     def step(self, scale: float = 1.0) -> None:
@@ -196,10 +183,15 @@ class Sharded:
 
         Raises:
             RuntimeError: There is no gradient, or no optimizer.
+            FloatingPointError: The optimizer takes each rank's own gradient, and some rank's is not finite: nothing was
+                changed.
         """
         if self.optimizer is None:
             raise RuntimeError("this model was sharded without an optimizer: there is nothing to step")
         factor = scale * self._mean()
+        if self._reducer.keep:
+            self._step_by_own(factor)
+            return
         updates = [flat.updates() for flat in self._trained]
         done = self._update(self.optimizer, updates, factor)
         refreshes = [self._trained[index].begin_refresh() for index in done]
@@ -212,6 +204,8 @@ class Sharded:
     def drop_gradients(self) -> None:
         """Forget all gradients since the last step, and update nothing; all ranks call it."""
         self._reducer.reset()
+        if self._exchanges:
+            self._reducer.keep = self._own.wanted
         self._norm = None
         for flat in self._trained:
             for param in flat.params:
@@ -248,7 +242,9 @@ class Sharded:
     def state(self) -> PartState:
         """Return live views of all state; see [Note: Pieces]."""
         self.parking.check()
-        return model_state.export(self.module, self._flats, self.optimizer, self._whole, self._shared)
+        return model_state.export(
+            self.module, self._flats, self.optimizer, self._whole, own=self._own, shared=self._shared
+        )
 
     def load_state(self, source: StateSource, *, optimizer: bool = True, strict: bool = True) -> None:
         """Replace parameters and buffers, and with ``optimizer`` its state, by those of ``source``.
@@ -270,11 +266,13 @@ class Sharded:
             self.optimizer if optimizer else None,
             self._whole,
             source,
+            own=self._own,
             wire=self._shared.wire,
             strict=strict,
         )
         self._residency.drop_all()
         load()
+        self._own.forget()
         self.drop_gradients()
 
     def gradients(self) -> Iterator[Piece]:
@@ -291,7 +289,8 @@ class Sharded:
             grad=sum(gradient.nbytes for gradient in self._gradients),
             state=sum(t.nbytes for t in tensors)
             + sum(flat.master_bytes for flat in self._trained)
-            + self._whole.nbytes,
+            + self._whole.nbytes
+            + self._own.nbytes,
             transient=self._shared.param_pool.peak_bytes + self._shared.grad_pool.peak_bytes,
             peak_units=self._residency.peak_units,
         )
@@ -310,32 +309,18 @@ class Sharded:
             raise RuntimeError("no backward pass since the last step: call loss.backward() first")
         if self._reducer.unsent:
             raise RuntimeError(_UNSENT)
-        return 1.0 / (self.micro_batches * self._shared.mesh.everyone.size)
+        # each rank's own gradient is the sum over its own micro-batches
+        return 1.0 / (self.micro_batches * (1 if self._reducer.keep else self._shared.mesh.everyone.size))
 
-    def _measure_norm(self, scale: float) -> GradNorm:
-        """Return the L2 norm of ``scale`` times the sums; small messages (see [Note: Norm tree]).
-
-        They take 8 bytes for each 64 to 4,096 gradient elements.
-        """
-        roots: list[float] = []
-        for batch in self._norm_batches:
-            rows = [gradient.squares() for gradient in batch]
-            gathered = self._shared.mesh.everyone.gather_rows(torch.cat(rows))
-            roots += tree_root(_padded(_in_layout_order(gathered, [row.numel() for row in rows]))).tolist()
-        total = math.fsum(roots)
-        if math.isfinite(total):
-            return GradNorm(math.sqrt(total) * scale, None, tuple(roots))
-        return GradNorm(total, self._first_not_finite(roots), tuple(roots))
-
-    def _first_not_finite(self, roots: Sequence[float]) -> str | None:
-        """Name the parameter, from the squared norm of each flat, which all ranks have; communicates."""
-        for flat, gradient, root in zip(self._trained, self._gradients, roots, strict=True):
-            if not math.isfinite(root):
-                chunks = self._shared.mesh.everyone.gather_rows(gradient.squares()).reshape(-1)
-                start = int(torch.nonzero(~torch.isfinite(chunks))[0]) * flat.layout.granule
-                names = [overlap.slot.name for overlap in flat.layout.overlaps(start, start + flat.layout.granule)]
-                return " or ".join(names)
-        return None
+    def _step_by_own(self, factor: float) -> None:
+        norm = self.grad_norm()
+        if norm.culprit is not None:
+            raise FloatingPointError(
+                f"the gradient of {norm.culprit} is not finite on some rank, and what its messages lack would never be "
+                "again: leave the step out with drop_gradients()"
+            )
+        self._own.step(factor)
+        self.drop_gradients()
 
     def _end_pass(self) -> None:
         self._residency.end_pass(Phase.BACKWARD)
@@ -344,6 +329,7 @@ class Sharded:
     def _forget_derived(self) -> None:
         """Parameters or gradients were written from outside."""
         self._residency.drop_all()
+        self._own.forget()
         self._norm = None
 
     def _release(self) -> None:
@@ -357,44 +343,3 @@ class Sharded:
     def _units_below(self, part: nn.Module) -> list[Unit]:
         below = set(part.modules())
         return [unit for unit in self._units if below.intersection(unit.modules)]
-
-
-def _in_layout_order(gathered: Tensor, widths: Sequence[int]) -> list[Tensor]:
-    """Split ``[ranks, sum(widths)]`` into one vector per flat, ordered by position in the flat."""
-    return [columns.reshape(-1) for columns in gathered.split(list(widths), dim=1)]
-
-
-def _padded(chunks: Sequence[Tensor]) -> Tensor:
-    """Stack vectors into rows of one power-of-two width; zeros at the end change no tree."""
-    width = 1 << (max(chunk.numel() for chunk in chunks) - 1).bit_length()
-    rows = chunks[0].new_zeros(len(chunks), width)
-    for row, chunk in zip(rows, chunks, strict=True):
-        row[: chunk.numel()] = chunk
-    return rows
-
-
-def _norm_batches(flats: Sequence[Flat], num_ranks: int) -> list[list[FlatGradient]]:
-    """Group the flats so that no message of the norm grows with the model: one on most models."""
-    batches: list[list[FlatGradient]] = []
-    width = 0  # of the widest flat in the last batch
-    for flat in flats:
-        if flat.gradient is not None:
-            rows = num_ranks * (flat.layout.shard_numel // flat.layout.granule)
-            width = max(width, rows)
-            if not batches or (len(batches[-1]) + 1) * width > _MAX_NORM_ROWS:
-                batches.append([])
-                width = rows
-            batches[-1].append(flat.gradient)
-    return batches
-
-
-def tree_root(rows: Tensor) -> Tensor:
-    """Add each row of ``rows`` ([n, 2**k], float64) along a binary tree; zeros behind the data change nothing.
-
-    Example:
-        >>> tree_root(torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.float64))
-        tensor([6.], dtype=torch.float64)
-    """
-    while rows.shape[1] > 1:
-        rows = rows[:, ::2] + rows[:, 1::2]
-    return rows[:, 0]

@@ -36,18 +36,13 @@ class AdamMoments(FlatOptimizer):
         ``1 - beta2**steps``, and the result multiplied by ``1 - beta1**steps``.
         """
         for part, group in zip(self._flat.parts, self.param_groups, strict=True):
-            root = out[part].copy_(self._buffers[name][part]).sqrt_()
-            first, second = _corrections(group, steps)
-            if (first, second) != (1.0, 1.0):
-                root.mul_(second**-0.5).add_(group["eps"]).mul_(first)
-            else:
-                root.add_(group["eps"])
+            divide_by(out[part].copy_(self._buffers[name][part]), group, steps)
         return out
 
     def fold_corrections(self, steps: tuple[int, int]) -> None:
         """Correct the moments for good, where groups have ``bias_correction``: no later step does."""
         for part, group in zip(self._flat.parts, self.param_groups, strict=True):
-            for name, correction in zip(("exp_avg", "exp_avg_sq"), _corrections(group, steps), strict=True):
+            for name, correction in zip(("exp_avg", "exp_avg_sq"), corrections(group, steps), strict=True):
                 self._buffers[name][part].div_(correction)
 
     def frozen_denominator(self) -> Tensor:
@@ -61,7 +56,16 @@ class AdamMoments(FlatOptimizer):
         self._denominator = None
 
 
-def _corrections(group: Mapping[str, Any], steps: tuple[int, int] | None) -> tuple[float, float]:
+def divide_by(v: Tensor, group: Mapping[str, Any], steps: tuple[int, int] | None) -> Tensor:
+    """Turn the second moment ``v`` into what the first is divided by, in place; see :meth:`AdamMoments.denominator`."""
+    root = v.sqrt_()
+    first, second = corrections(group, steps)
+    if (first, second) != (1.0, 1.0):
+        return root.mul_(second**-0.5).add_(group["eps"]).mul_(first)
+    return root.add_(group["eps"])
+
+
+def corrections(group: Mapping[str, Any], steps: tuple[int, int] | None) -> tuple[float, float]:
     """Return ``1 - beta**steps`` of both moments; 1 where the group has no correction."""
     if steps is None or not group["bias_correction"]:
         return 1.0, 1.0

@@ -1,0 +1,76 @@
+"""Settings of the sharded optimizers: ``optimizer.params``, with DeepSpeed's names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from ..codecs import BlockCodec
+
+if TYPE_CHECKING:
+    from ds_core.kernel_protocols import KernelBackend
+
+_CODES = ("sign", "ternary", "int4", "int8")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SlowLinkConfig:
+    """What the optimizers for slow links have in common. Defaults are DeepSpeed's where it has the key."""
+
+    lr: float = 1e-3
+    """Learning rate."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of the two moments."""
+    eps: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.0
+    """Times the parameter, added to the update."""
+    bias_correction: bool = False
+    """Divide the moments by ``1 - beta**step``, until the variance is frozen and once, for good, then. DeepSpeed has
+    the key, with the default true, and ignores it: false is what it computes."""
+    code: str = "ternary"
+    """Code of messages: ``ternary`` (0.22 bytes per parameter), ``sign`` (0.13), ``int4`` or ``int8``."""
+    block: int = 256
+    """Elements that share a scale: a multiple of 64 in 64 ... 1024."""
+    amsgrad: bool = False
+    """Only False: there is no such variant."""
+    eps_inside_sqrt: bool = False
+    """Only False: ``eps`` is added to the root."""
+    cuda_aware: bool = False
+    """Without effect: messages go over the engine's process group. Accepted because DeepSpeed's files may hold it."""
+    comm_backend_name: str = "nccl"
+    """Likewise."""
+
+    def __post_init__(self) -> None:
+        if self.code not in _CODES:
+            raise ValueError(f"code must be one of {', '.join(_CODES)}; got {self.code!r}")
+        self.codec(None)  # checks the block
+        for name, value in (("amsgrad", self.amsgrad), ("eps_inside_sqrt", self.eps_inside_sqrt)):
+            if value:
+                raise ValueError(f"{name} must be false, DeepSpeed's 1-bit optimizers have no such variant; got True")
+
+    def codec(self, kernels: KernelBackend | None) -> BlockCodec:
+        """Return the codec; ``kernels`` are its fused kernels."""
+        # a scale of float16 keeps the two hops of a sign together below 0.27 bytes
+        scales = torch.float16 if self.code == "sign" else torch.float32
+        return BlockCodec(code=self.code, block=self.block, scale_dtype=scales, kernels=kernels)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneBitAdamConfig(SlowLinkConfig):
+    """Settings of :class:`ds_comm.sharded.one_bit_adam.OneBitAdam`.
+
+    Example:
+        >>> OneBitAdamConfig(freeze_step=400, code="sign").freeze_step
+        400
+    """
+
+    freeze_step: int = 100_000
+    """Last step of the warm-up: 15 to 25 % of all steps."""
+
+    def __post_init__(self) -> None:
+        SlowLinkConfig.__post_init__(self)
+        if self.freeze_step < 1:
+            raise ValueError(f"freeze_step must be at least 1: the variance is made until then; got {self.freeze_step}")
