@@ -214,7 +214,7 @@ def test_a_sequential() -> None:
     for name, module in {"in": nn.Linear(3, WIDTH), "a": shared, "act": nn.Tanh(), "b": shared}.items():
         plain.add_module(name, module)
     made = PipelineModule.from_sequential(plain)
-    assert made.layer_names == ["in (Linear)", "a (Linear)", "act (Tanh)", "a (Linear)"]
+    assert made.layer_names == ["in (Linear)", "a (Linear)", "act (Tanh)", "a (Linear) again"]
     whole = made.build(0, 4)
     assert [name for name, _ in whole.named_parameters()] == [name for name, _ in plain.named_parameters()]
     given = torch.rand(2, 3)

@@ -140,7 +140,8 @@ class PipelineModule:
     @property
     def layer_names(self) -> list[str]:
         """What the layers are called, for tables."""
-        return [f"{layer.name} ({layer.kind})" for layer in self._layers]
+        again = [" again" if layer.uses != index else "" for index, layer in enumerate(self._layers)]
+        return [f"{layer.name} ({layer.kind}){more}" for layer, more in zip(self._layers, again, strict=True)]
 
     def bounds(self, num_stages: int, *, seconds: Sequence[float] | None = None) -> list[int]:
         """Return where to cut: stage s has the layers from ``bounds[s]`` to before ``bounds[s + 1]``, at least one.

@@ -10,7 +10,7 @@ from .instruction import Op
 from .simulate import Event, Timeline
 
 _ROW, _GAP, _LEFT = 24, 6, 60  # pixels
-_COLORS: Mapping[Op, str] = MappingProxyType(
+COLORS: Mapping[Op, str] = MappingProxyType(
     {
         Op.F: "#4477aa",
         Op.B: "#228833",
@@ -56,13 +56,13 @@ def svg(timeline: Timeline, *, title: str, width: int = 1200) -> str:
 
 
 def _boxes(row: Sequence[Event], top: int, scale: float) -> Iterator[str]:
-    events = [event for event in row if event.instruction.op in _COLORS and event.end > event.start]
+    events = [event for event in row if event.instruction.op in COLORS and event.end > event.start]
     first = min((event.instruction.stage for event in events), default=0)
     for one, start, end in events:
         left, wide = _LEFT + start * scale, (end - start) * scale
         opacity = 1.0 if one.stage == first else 0.6
         yield (
-            f'<rect x="{left:.2f}" y="{top}" width="{wide:.2f}" height="{_ROW}" fill="{_COLORS[one.op]}" '
+            f'<rect x="{left:.2f}" y="{top}" width="{wide:.2f}" height="{_ROW}" fill="{COLORS[one.op]}" '
             f'fill-opacity="{opacity}" stroke="white"><title>{one}: {start:g} to {end:g}</title></rect>'
         )
         if wide > 12 and one.micro_batch >= 0:
