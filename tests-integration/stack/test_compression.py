@@ -141,14 +141,15 @@ def test_nodes_code_on_both_levels(ranks: RankPool, zero: dict[str, Any]) -> Non
     assert coded[0].wire["reduce_scatter"] < coded[0].exact["reduce_scatter"] / 4
 
 
-def configured(rank: Rank, zero: dict[str, Any]) -> list[float]:
+def configured(rank: Rank, zero: dict[str, Any], more: dict[str, Any] | None = None) -> list[float]:
     engine, *_ = ds_core.initialize(
         built(),
         config={
             "train_micro_batch_size_per_gpu": 16 // rank.size,
             "optimizer": {"type": "AdamW", "params": {"lr": 3e-3}},
             "gradient_clipping": 0.0,
-            "zero_optimization": {"stage": 2, **zero},
+            **(more or {}),
+            "zero_optimization": {"stage": 2, **zero, **(more or {}).get("zero_optimization", {})},
         },
         group=rank.group,
     )
@@ -167,6 +168,33 @@ def test_the_keys_of_deepspeed_select_it(ranks: RankPool) -> None:
     (exact, _), (coded, _) = (ranks.run(configured, zero, size=2) for zero in ({}, quantized))
     assert coded != exact
     assert torch.allclose(torch.tensor(coded), torch.tensor(exact), rtol=0.1, atol=0.02)
+
+
+@pytest.mark.parametrize(
+    ("keys", "wanted"),
+    [
+        ({"communication_data_type": "bf16"}, CompressionConfig(gradients="bf16", error_feedback=False)),
+        (
+            {
+                "zero_optimization": {
+                    "zero_quantized_gradients": True,
+                    "zeropp_loco_param": {"err_beta": 0.5, "reset_T": 4},
+                }
+            },
+            CompressionConfig(gradients="int4", error_beta=0.5, error_reset=4),
+        ),
+    ],
+)
+def test_types_of_messages_and_averaged_errors(
+    ranks: RankPool, keys: dict[str, Any], wanted: CompressionConfig
+) -> None:
+    assert parse({"train_batch_size": 4, **keys}, 2, load).plugins["collectives"].config == wanted
+    (exact, _), (coded, _) = (ranks.run(configured, {}, more, size=2) for more in ({}, keys))
+    assert coded != exact
+    assert torch.allclose(torch.tensor(coded), torch.tensor(exact), rtol=0.1, atol=0.02)
+    first, *_ = ranks.run(trained, {"stage": 2}, wanted, size=2)
+    bits = 16 if wanted.gradients == "bf16" else 4 + 32 / 256
+    assert first.wire["reduce_scatter"] <= first.exact["reduce_scatter"] * bits / 32 + 100 * STEPS
 
 
 def test_the_configuration_shows_what_the_keys_mean() -> None:

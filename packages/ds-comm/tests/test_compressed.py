@@ -9,6 +9,7 @@ import pytest
 import torch
 from ds_comm import CompressedCollectives
 from ds_comm.codecs import BlockCodec, CastCodec
+from ds_comm.config import CompressionConfig
 from ds_testkit import Rank, RankPool
 from torch import Tensor
 
@@ -120,6 +121,50 @@ def test_what_arrived_and_the_errors_are_what_was_meant_also_on_fewer_ranks(rank
     assert errors.norm() > 0.1, "there is something to remember"
     # each of 12 steps rounds sums over at most 4 ranks, of gradients and of what was kept of those before
     assert ((arrived + errors - sum(exact)).abs() <= 12 * 8 * 2**-24 * size.max() * 4).all()
+
+
+def averaged(rank: Rank, beta: float, reset: int | None) -> None:
+    """The errors follow their equation, worked out here for all ranks."""
+    size, numel = rank.size, 100
+    comm = CompressedCollectives(Messages(rank), gradients=SIGN, error_beta=beta, error_reset=reset)
+    errors = torch.zeros(size, size, numel)  # of each rank, for each slice
+    for step in range(7):
+        if reset is not None and step % reset == 0:
+            errors.zero_()
+        out, fulls = torch.empty(numel), [gradient(step, peer, size).view(size, -1)[:, :numel] for peer in range(size)]
+        comm.reduce_scatter(out, fulls[rank.rank].reshape(-1), key=3).wait()
+        expected = fulls[rank.rank][rank.rank].clone()
+        for peer in range(size):
+            for part in range(size):
+                if part == peer:
+                    continue
+                meant = fulls[peer][part] + errors[peer, part]
+                sent = decoded(SIGN, meant)
+                errors[peer, part] = beta * errors[peer, part] + (1 - beta) * (meant - sent)
+                if part == rank.rank:
+                    expected += sent
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    summed = comm.state()[3]
+    torch.testing.assert_close(summed, errors[:, rank.rank].sum(0), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("beta", "reset"), [(0.0, None), (0.8, None), (0.8, 3), (0.0, 2)])
+def test_errors_are_averaged_and_dropped_now_and_then(ranks: RankPool, beta: float, reset: int | None) -> None:
+    ranks.run(averaged, beta, reset, size=2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"gradients": "int4", "error_beta": 1.0}, "error_beta must be at least 0 and below 1; got 1.0"),
+        ({"gradients": "int4", "error_reset": 0}, "error_reset must be at least 1, or null; got 0"),
+        ({"weights": "int4", "error_beta": 0.5}, r"error_beta = 0.5, error_reset = None are about .* gradients = None"),
+        ({"gradients": "int4", "error_reset": 5, "error_feedback": False}, "error_feedback = False; set both"),
+    ],
+)
+def test_settings_of_errors_that_cannot_be_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        CompressionConfig(**settings)
 
 
 def not_finite(rank: Rank) -> None:

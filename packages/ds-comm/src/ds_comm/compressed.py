@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .codecs.layout import FLOATS
 from .coded.gather import CodedGather
-from .coded.reduction import CodedReduction
+from .coded.reduction import CodedReduction, Feedback
 from .traffic import Traffic
 
 if TYPE_CHECKING:
@@ -37,6 +37,8 @@ class CompressedCollectives:
         weights: Code of ``all_gather``; None: exact.
         gradients: Code of ``reduce_scatter``; None: exact.
         error_feedback: Whether the errors of gradients are sent later; see [Note: Error feedback].
+        error_beta: Decay of errors; see [Note: Averaged errors].
+        error_reset: Reductions of a buffer after which its errors are dropped; None: never.
         differences: Whether ``weights`` codes what has changed; see [Note: Weight differences].
 
     Example:
@@ -47,7 +49,8 @@ class CompressedCollectives:
     Reference:
         Guanhua Wang and others, ZeRO++: Extremely Efficient Collective Communication for Giant Model Training, 2023.
         Jinda Jia and others, SDP4Bit: Toward 4-bit Communication Quantization in Sharded Data Parallelism, 2024
-        (differences). Sai Praneeth Karimireddy and others, Error Feedback Fixes SignSGD, 2019.
+        (differences). Xingyu Xie and others, LoCo: Low-Bit Communication Adaptor for Large-scale Model Training, 2024
+        (averaged errors). Sai Praneeth Karimireddy and others, Error Feedback Fixes SignSGD, 2019.
     """
 
     def __init__(
@@ -57,6 +60,8 @@ class CompressedCollectives:
         weights: Codec | None = None,
         gradients: Codec | None = None,
         error_feedback: bool = True,
+        error_beta: float = 0.0,
+        error_reset: int | None = None,
         differences: bool = False,
     ) -> None:
         self.rank = inner.rank
@@ -68,7 +73,8 @@ class CompressedCollectives:
             self._gather = CodedGather(inner, weights, differences=differences)
         if gradients is not None and inner.size > 1:
             wire = self._accounts["reduce_scatter"].wire
-            self._reduction = CodedReduction(inner, gradients, wire, error_feedback=error_feedback)
+            feedback = Feedback(error_beta, error_reset) if error_feedback else None
+            self._reduction = CodedReduction(inner, gradients, wire, feedback=feedback)
 
     def allocate(self, numel: int, like: Tensor) -> Tensor:
         """Return memory of the inner collectives."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from .codecs import BlockCodec, CastCodec, Fp8Codec, HadamardCodec
+from .coded.reduction import check_feedback
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -43,6 +44,13 @@ class CompressionConfig:
     error_feedback: bool = True
     """Whether what a code lacks of a gradient is added to the next one, for 4 bytes of memory per parameter."""
 
+    error_beta: float = 0.0
+    """Decay of errors: what is added to the next gradient is ``error_beta`` times what was added to this one, plus
+    ``1 - error_beta`` times what the code lacked (LoCo; 0.8 there). 0: all of it, so that nothing is ever lost."""
+
+    error_reset: int | None = None
+    """Reductions of a buffer after which its errors are dropped (LoCo; 1024 there); None: never."""
+
     weight_differences: bool = False
     """Whether weights are coded as differences to what all ranks decoded last, for 4 bytes of memory per parameter.
     Meant for stages 1 and 2."""
@@ -57,6 +65,12 @@ class CompressionConfig:
                     f"{name} must be one of {', '.join((*_BLOCK_CODES, 'fp8', *_CASTS))}, or null; got {code!r}"
                 )
         BlockCodec(code="int8", block=self.block)  # checks it
+        check_feedback(self.error_beta, self.error_reset)
+        if (self.error_beta or self.error_reset) and not (self.error_feedback and self.gradients):
+            raise ValueError(
+                f"error_beta = {self.error_beta}, error_reset = {self.error_reset} are about errors of gradients, but "
+                f"gradients = {self.gradients!r} and error_feedback = {self.error_feedback}; set both, or leave these"
+            )
         if self.weight_differences and self.weights is None:
             raise ValueError("weight_differences = True says how weights are coded, but weights = None; set weights")
         if self.hadamard and self.gradients not in (*_BLOCK_CODES, "fp8"):

@@ -36,6 +36,8 @@ class Compression:
             weights=self._config.codec_of_weights(self._kernels),
             gradients=self._config.codec_of_gradients(self._kernels),
             error_feedback=self._config.error_feedback,
+            error_beta=self._config.error_beta,
+            error_reset=self._config.error_reset,
             differences=self._config.weight_differences,
         )
 

@@ -6,6 +6,12 @@ is kept now. What counts is the sum over ranks of their errors, so it survives a
 :meth:`CodedReduction.state` gives each rank its slice of that sum, and :meth:`CodedReduction.load_state` takes it as
 what this rank still owes to its own slice. What is not finite is not kept: it has been sent, and its step is skipped.
 
+[Note: Averaged errors]
+With h the gradient plus the error e, and q what h was coded to, the next error is ``beta e + (1 - beta) (h - q)``: an
+average, as LoCo has it, which damps the noise of single errors. Then only a part of what was lost is ever sent; with
+beta = 0, all of it. Errors may be dropped after so many reductions of a buffer, which are counted from the start, or
+from the last load.
+
 If a code loses as much as there was (contraction factor 1 or more), errors could grow without end. Each payload ends
 with a byte that says so of its sender; then the same numbers follow exactly, in a second exchange.
 """
@@ -13,8 +19,9 @@ with a byte that says so of its sender; then the same numbers follow exactly, in
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,21 +40,29 @@ EXCHANGES = 1 << 18
 """Added to the keys of exchanged payloads: their messages are no other call's."""
 
 
+class Feedback(NamedTuple):
+    """How errors are kept; see [Note: Error feedback] and [Note: Averaged errors]."""
+
+    beta: float = 0.0  # decay
+    reset: int | None = None  # reductions of a buffer after which its errors are dropped
+
+
 class CodedReduction:
     """Reduce-scatters of coded slices; see [Note: Compressed collectives] and [Note: Error feedback].
 
     Args:
         inner: Carries the payloads.
         codec: Of the gradients.
-        error_feedback: Whether errors are kept.
         traffic: Where sent bytes are counted.
+        feedback: How errors are kept; None: not at all.
     """
 
-    def __init__(self, inner: Collectives, codec: Codec, traffic: Traffic, *, error_feedback: bool) -> None:
+    def __init__(self, inner: Collectives, codec: Codec, traffic: Traffic, *, feedback: Feedback | None) -> None:
         self._inner = inner
         self._codec = codec
         self._traffic = traffic
-        self._feedback = error_feedback
+        self._feedback = feedback
+        self._calls: Counter[int] = Counter()  # by key, since its errors were dropped
         self._scratch = Scratch(inner)
         self._others = [rank for rank in range(inner.size) if rank != inner.rank]
         self._errors: dict[int, Tensor] = {}  # by key: [size, n], float32
@@ -63,6 +78,7 @@ class CodedReduction:
         memory = self._scratch.borrow(length, full.device)
         outgoing, incoming = memory[:length].view(2, size, num_bytes + 1)
         errors = self._errors_of(key, slices)
+        before = errors.clone() if errors is not None and self._feedback is not None and self._feedback.beta else None
         failed = self._encode(slices, errors, outgoing[:, :num_bytes])
         outgoing[:, num_bytes] = failed
         sent, received = ([memory[:0] if r == rank else rows[r] for r in range(size)] for rows in (outgoing, incoming))
@@ -71,6 +87,8 @@ class CodedReduction:
         def add() -> None:
             incoming[rank, num_bytes] = failed
             exact = self._exact(key, incoming[:, num_bytes], outgoing[:, :num_bytes], errors)
+            if errors is not None and before is not None and self._feedback is not None:
+                errors.lerp_(before, self._feedback.beta)
             self._sum(out, slices[rank], incoming[:, :num_bytes], exact)
             if errors is not None and key in self._owed:
                 self._owed.discard(key)
@@ -91,15 +109,23 @@ class CodedReduction:
     def load_state(self, state: Mapping[int, Tensor]) -> None:
         """Replace all errors by what :meth:`state` gave on any number of ranks: this rank's slice of each sum."""
         self._errors.clear()
+        self._calls.clear()
         for key, owed in state.items():
             self._errors[key] = torch.zeros(self._inner.size, owed.numel(), dtype=torch.float32, device=owed.device)
             self._errors[key][self._inner.rank] = owed
         self._owed = set(state)
 
     def _errors_of(self, key: int, slices: Tensor) -> Tensor | None:
-        if self._feedback and key not in self._errors:
+        if self._feedback is None:
+            return self._errors.get(key)
+        if key not in self._errors:
             self._errors[key] = torch.zeros(slices.shape, dtype=torch.float32, device=slices.device)
-        return self._errors.get(key)
+        elif self._calls[key] == self._feedback.reset:
+            self._calls[key] = 0
+            self._owed.discard(key)
+            self._errors[key].zero_()
+        self._calls[key] += 1
+        return self._errors[key]
 
     def _encode(self, slices: Tensor, errors: Tensor | None, payloads: Tensor) -> Tensor | int:
         """Code the slices of the other ranks; return 1 where the code lost all there was, else 0."""
@@ -158,3 +184,15 @@ class CodedReduction:
                 key,
                 ", ".join(map(str, ranks)),
             )
+
+
+def check_feedback(beta: float, reset: int | None) -> None:
+    """Refuse values out of their bounds.
+
+    Raises:
+        ValueError: One is.
+    """
+    if not 0 <= beta < 1:
+        raise ValueError(f"error_beta must be at least 0 and below 1; got {beta!r}")
+    if reset is not None and reset < 1:
+        raise ValueError(f"error_reset must be at least 1, or null; got {reset!r}")

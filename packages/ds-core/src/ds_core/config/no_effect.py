@@ -88,7 +88,7 @@ NO_EFFECT: Mapping[str, str] = {
     "zero_force_ds_cpu_optimizer": _OFFLOAD,
     "zero_allow_untested_optimizer": "a class that nobody knows is stepped as whole tensors, which needs no permission",
     # Communication and precision.
-    "communication_data_type": "gradients travel in the type they were computed in and are summed in float32",
+    "communication_data_type": "gradients travel in the type they were computed in, and are summed in float32",
     "disable_allgather": _ONE_WAY,
     "gradient_predivide_factor": _MATCHING,
     "prescale_gradients": _MATCHING,

@@ -32,7 +32,6 @@ UNAVAILABLE: Mapping[str, Feature] = {
     "zero_optimization.offload_param.device": Feature("parameter offload", ("none",), "ds-offload"),
     "zero_optimization.zenflow": Feature("ZenFlow", (), "ds-offload"),
     "zero_optimization.zero_quantized_nontrainable_weights": Feature("quantized weights", (False,), "ds-comm"),
-    "zero_optimization.zeropp_loco_param": Feature("quantized collectives", (), "ds-comm"),
     # Plugins of roles that the engine is not built with.
     "attention": Feature(_ROLE.format("'ds.attention'"), (False, {})),
     "monitor": Feature(_ROLE.format("'ds.monitor'"), (False, {})),
