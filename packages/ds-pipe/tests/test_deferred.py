@@ -60,3 +60,17 @@ def test_nothing_is_put_off_where_no_input_needs_a_gradient() -> None:
     assert layer.weight.grad is not None
     with later, torch.no_grad():
         assert not layer(torch.ones(1, 2)).requires_grad
+
+
+def test_what_is_to_come_at_once_is_not_put_off() -> None:
+    """A weight that another stage has, and an input that serves as a weight: their gradients are sent on."""
+    given, weight = torch.ones(3, 2, requires_grad=True), torch.ones(4, 2, requires_grad=True)
+    with DeferredWeights([given, weight]) as later:
+        out = functional.linear(functional.linear(given, weight), weight.t())
+        out = functional.linear(out, given)
+    out.sum().backward()
+    grads = [given.grad, weight.grad]
+    assert None not in grads
+    want = [grad.clone() for grad in grads]
+    later.settle()
+    assert all(map(torch.equal, grads, want))

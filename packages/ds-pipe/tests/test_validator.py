@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
@@ -18,10 +17,13 @@ from ds_pipe import (
     simulate,
     validate,
 )
-from ds_pipe.instruction import COMPUTE, Instruction, Op, Value, compute
+from ds_pipe.instruction import COMPUTE, Instruction, Op, compute, receive, send
+from ds_pipe.skips import Skip
 from ds_pipe.validate import Reason
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from .rendezvous import Rendezvous
 
 SCHEDULES = [
     make_schedule("gpipe", num_ranks=2, num_micro_batches=3),
@@ -31,6 +33,11 @@ SCHEDULES = [
     make_schedule("zb_h1", num_ranks=3, num_micro_batches=4),
     make_schedule("zb_v", num_ranks=2, num_micro_batches=4),
     make_schedule("forward_only", num_ranks=3, num_micro_batches=2),
+    make_schedule("1f1b", num_ranks=4, num_micro_batches=3, skips=[(0, 3, "far"), Skip(0, 3, "tie", constant=True)]),
+    make_schedule(
+        "zb_v", num_ranks=2, num_micro_batches=3, skips=[(0, 2, "one"), (1, 2, "two"), Skip(0, 3, "tie", True)]
+    ),
+    make_schedule("forward_only", num_ranks=3, num_micro_batches=2, skips=[(0, 2, "far"), Skip(0, 2, "tie", True)]),
 ]
 
 
@@ -38,93 +45,6 @@ def with_row(schedule: Schedule, rank: int, row: list[Instruction]) -> Schedule:
     rows = [list(old) for old in schedule.rows]
     rows[rank] = row
     return replace(schedule, rows=tuple(map(tuple, rows)))
-
-
-class Rendezvous:
-    """Runs a schedule with sends that block until they are received; written apart from the validator."""
-
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
-        self.at = [0] * schedule.num_ranks
-        self.alive: list[set[Value]] = [set() for _ in schedule.rows]
-        self.written: list[set[Value]] = [set() for _ in schedule.rows]
-        self.gathered: set[int] = set()
-        self.reduced: set[int] = set()
-        self.stepped = [False] * schedule.num_ranks
-        self.done: Counter[tuple[Op, int, int]] = Counter()
-        self.gathers = any(one.op is Op.UNSHARD for row in schedule.rows for one in row)
-
-    def works(self) -> bool:
-        while any(self.moves(rank) for rank in range(self.schedule.num_ranks)):
-            pass
-        return self.complete()
-
-    def current(self, rank: int) -> Instruction | None:
-        row = self.schedule.rows[rank]
-        return row[self.at[rank]] if self.at[rank] < len(row) else None
-
-    def moves(self, rank: int) -> bool:
-        """Do what a rank is at; it stays there for ever where that cannot be done."""
-        one = self.current(rank)
-        if one is None or one.op is Op.RECV or self.stepped[rank]:  # a sender moves both
-            return False
-        if one.op is Op.OPT:
-            done = self.stepped[rank] = True
-        elif one.op is Op.SEND:
-            done = self.sends(rank, one)
-        elif one.stage not in self.schedule.stages_of(rank):
-            done = False
-        else:
-            done = self.computes(rank, one) if one.op in COMPUTE else self.handles(one)
-        self.at[rank] += done
-        return done
-
-    def sends(self, rank: int, one: Instruction) -> bool:
-        if one.peer not in range(self.schedule.num_ranks) or one.peer == rank:
-            return False
-        other = self.current(one.peer)
-        met = other is not None and other.op is Op.RECV and other.peer == rank and other.writes == one.reads
-        if not met or not self.take(rank, one) or not self.make(one.peer, other):
-            return False
-        self.at[one.peer] += 1
-        return True
-
-    def computes(self, rank: int, one: Instruction) -> bool:
-        if (self.gathers and one.stage not in self.gathered) or (one.op is not Op.F and one.stage in self.reduced):
-            return False
-        self.done[one.op, one.stage, one.micro_batch] += 1
-        return self.take(rank, one) and self.make(rank, one)
-
-    def take(self, rank: int, one: Instruction) -> bool:
-        there = self.alive[rank].issuperset(one.reads)
-        self.alive[rank].difference_update(one.frees)
-        return there
-
-    def make(self, rank: int, one: Instruction) -> bool:
-        fresh = self.written[rank].isdisjoint(one.writes)
-        self.alive[rank].update(one.writes)
-        self.written[rank].update(one.writes)
-        return fresh
-
-    def handles(self, one: Instruction) -> bool:
-        """A gather, a release or a reduction."""
-        known = self.reduced if one.op is Op.REDUCE else self.gathered
-        if (one.stage in known) != (one.op is Op.RESHARD):
-            return False
-        known.symmetric_difference_update([one.stage])
-        return True
-
-    def complete(self) -> bool:
-        schedule = self.schedule
-        ended = not any(map(self.current, range(schedule.num_ranks))) and not any(self.alive) and not self.gathered
-        if schedule.trains:
-            ended = ended and all(self.stepped) and len(self.reduced) == schedule.num_stages
-        wanted = [[1, 1, 0, 0], [1, 0, 1, 1]] if schedule.trains else [[1, 0, 0, 0]]
-        return ended and all(
-            [self.done[op, stage, index] for op in (Op.F, Op.B, Op.I, Op.W)] in wanted
-            for stage in range(schedule.num_stages)
-            for index in range(schedule.num_micro_batches)
-        )
 
 
 def dropped(schedule: Schedule, rank: int, index: int, rng: random.Random) -> Schedule:
@@ -156,9 +76,31 @@ def retargeted(schedule: Schedule, rank: int, index: int, rng: random.Random) ->
         )
     elif one.op in COMPUTE:
         stage = rng.choice([s for s in range(schedule.num_stages) if s != one.stage])
-        row[index] = compute(one.op, stage, one.micro_batch, num_stages=schedule.num_stages, trains=schedule.trains)
+        sizes = {"num_stages": schedule.num_stages, "trains": schedule.trains}
+        row[index] = compute(one.op, stage, one.micro_batch, skips=schedule.skips, **sizes)
     else:
         row[index] = one._replace(stage=one.stage + 1)
+    return with_row(schedule, rank, row)
+
+
+def renamed(schedule: Schedule, rank: int, index: int, rng: random.Random) -> Schedule:
+    """A message of another value: the skip's, the micro-batch or the stage; or a computation that forgets one."""
+    row = list(schedule.rows[rank])
+    one = row[index]
+    if one.peer >= 0:
+        (value,) = (*one.reads, *one.writes)
+        other = rng.choice(
+            [
+                value._replace(name=rng.choice(["", "unknown", *(skip.name for skip in schedule.skips)])),
+                value._replace(stage=rng.randrange(schedule.num_stages)),
+                value._replace(micro_batch=rng.randint(-1, schedule.num_micro_batches)),
+                value._replace(kind=rng.choice("xgst")),
+            ]
+        )
+        row[index] = send(other, one.peer) if one.op is Op.SEND else receive(other, one.peer)
+    else:
+        field = rng.choice(["reads", "writes", "frees"])
+        row[index] = one._replace(**{field: getattr(one, field)[1:]})
     return with_row(schedule, rank, row)
 
 
@@ -170,7 +112,7 @@ def reversed_part(schedule: Schedule, rank: int, index: int, rng: random.Random)
 
 
 Mutation = Callable[[Schedule, int, int, random.Random], Schedule]
-MUTATIONS: list[Mutation] = [dropped, doubled, swapped, retargeted, reversed_part]
+MUTATIONS: list[Mutation] = [dropped, doubled, swapped, retargeted, renamed, reversed_part]
 
 
 def mutants(mutation: Mutation, count: int) -> Iterator[Schedule]:

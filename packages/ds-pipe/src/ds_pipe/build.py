@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from .costs import Costs
 from .greedy import greedy
@@ -10,11 +10,18 @@ from .instruction import Op
 from .lower import lower
 from .orders import ORDERS, Slot, loop
 from .schedule import Schedule
+from .skips import Skip, checked
 from .validate import validate
 
 
 def make_schedule(
-    name: str, *, num_ranks: int, num_micro_batches: int, num_chunks: int | None = None, costs: Costs | None = None
+    name: str,
+    *,
+    num_ranks: int,
+    num_micro_batches: int,
+    num_chunks: int | None = None,
+    costs: Costs | None = None,
+    skips: Iterable[tuple[int, int, str] | Skip] = (),
 ) -> Schedule:
     """Return a fixed schedule; validated.
 
@@ -24,6 +31,7 @@ def make_schedule(
         num_micro_batches: In one step.
         num_chunks: Stages on each rank; None: as few as the schedule has.
         costs: Order messages among computations; None: all stages take equally long.
+        skips: Values that go past stages: source, target, name, and whether they are constant; see ``Skip``.
 
     Raises:
         ValueError: No such schedule, or not with these numbers; says which there are.
@@ -46,7 +54,8 @@ def make_schedule(
         raise ValueError(f"{name} has {limits} stages on each rank; got num_chunks={chunks}")
     placement = fixed.placement(num_ranks, chunks)
     order = fixed.order(num_ranks, num_micro_batches, chunks)
-    made = lower(name, order, placement, num_micro_batches, costs or Costs.uniform(len(placement)))
+    past = checked(skips, len(placement))
+    made = lower(name, order, placement, num_micro_batches, costs or Costs.uniform(len(placement)), skips=past)
     validate(made)
     return made
 
@@ -58,6 +67,7 @@ def make_greedy_schedule(
     num_micro_batches: int,
     placement: Sequence[int] | None = None,
     memory: Sequence[float] | None = None,
+    skips: Iterable[tuple[int, int, str] | Skip] = (),
 ) -> Schedule:
     """Return a schedule made for measured costs; validated.
 
@@ -68,6 +78,7 @@ def make_greedy_schedule(
         placement: The rank of each stage; None: round and round.
         memory: By rank, bytes that kept activations may take; None: ``num_ranks`` micro-batches of all stages of the
             rank, as 1F1B keeps.
+        skips: As for :func:`make_schedule`.
 
     Raises:
         ValueError: Numbers that do not fit together.
@@ -89,7 +100,9 @@ def make_greedy_schedule(
         num_ranks * sum(costs.kept_bytes[stage] for stage, owner in enumerate(places) if owner == rank)
         for rank in range(num_ranks)
     ]
-    made = lower("greedy", greedy(num_micro_batches, places, costs, room), places, num_micro_batches, costs)
+    past = checked(skips, len(places))
+    order = greedy(num_micro_batches, places, costs, room, skips=past)
+    made = lower("greedy", order, places, num_micro_batches, costs, skips=past)
     validate(made)
     return made
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from .instruction import Instruction, Op, Value
 
@@ -35,6 +36,8 @@ class Costs:
     """Time of gathering the parameters of a stage."""
     reduce: float = 0.0
     """Time of summing the gradients of a stage."""
+    skip_bytes: Mapping[str, float] = field(default_factory=dict, hash=False)
+    """Each skip, by name, and so its gradient; one that is not there weighs nothing."""
 
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, name)) for name in ("forward", "input_grad", "weight_grad", "kept_bytes")}
@@ -84,6 +87,8 @@ class Costs:
 
     def nbytes(self, value: Value) -> float:
         """Return the size of a value."""
+        if value.name:
+            return self.skip_bytes.get(value.name, 0.0)
         if value.kind == "y":
             return self.kept_bytes[value.stage]
         if value.kind == "x":

@@ -9,7 +9,7 @@ pass: hooks run and sums are formed as always, with the same bits, and in one pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -24,6 +24,9 @@ class DeferredWeights(TorchFunctionMode):
 
     Memory: the input and the output's gradient of each layer, from the backward pass to ``settle``.
 
+    Args:
+        at_once: Leaves whose gradients the backward pass computes all the same.
+
     Example:
         >>> layer, later = torch.nn.Linear(2, 1), DeferredWeights()
         >>> with later:
@@ -35,8 +38,9 @@ class DeferredWeights(TorchFunctionMode):
         tensor([[3., 3.]])
     """
 
-    def __init__(self) -> None:
+    def __init__(self, at_once: Iterable[Tensor] = ()) -> None:
         super().__init__()
+        self._at_once: set[Tensor | None] = {*at_once}  # by identity
         self._notes: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self._known: dict[Tensor, Tensor] = {}  # gradients that need not be computed any more
 
@@ -44,18 +48,22 @@ class DeferredWeights(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Take the place of linear layers; leave everything else as it is."""
-        if func is is_deferring:
-            return True
+        if func is in_force:
+            return self
         if func is functional.linear and torch.is_grad_enabled():
             return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
 
     def _linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         plain = not weight.requires_grad or not weight.is_leaf or (bias is not None and not bias.is_leaf)
-        if plain or not input.requires_grad:
+        if plain or not input.requires_grad or not self._at_once.isdisjoint((weight, bias)):
             return functional.linear(input, weight, bias)
         out: Tensor = _Linear.apply(input, _Uses(weight, bias, self._notes))  # type: ignore[no-untyped-call]  # torch's
         return out
+
+    def alike(self) -> DeferredWeights:
+        """Return another one that defers the same."""
+        return DeferredWeights(leaf for leaf in self._at_once if leaf is not None)
 
     def keep(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Keep gradients of parameters that are computed already, until :meth:`settle`."""
@@ -77,17 +85,18 @@ class DeferredWeights(TorchFunctionMode):
             torch.autograd.backward([*grads], [*grads.values()])
 
 
-def is_deferring() -> bool:
-    """Whether a :class:`DeferredWeights` is in force.
+def in_force() -> DeferredWeights | None:
+    """Return the :class:`DeferredWeights` that is in force, if any.
 
     Example:
-        >>> with DeferredWeights():
-        ...     is_deferring()
+        >>> with DeferredWeights() as later:
+        ...     in_force() is later
         True
     """
     if torch.overrides.has_torch_function((None,)):  # asks modes, too
-        return bool(torch.overrides.handle_torch_function(is_deferring, (None,)))
-    return False
+        found: DeferredWeights | None = torch.overrides.handle_torch_function(in_force, (None,))
+        return found
+    return None
 
 
 def recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
@@ -96,7 +105,8 @@ def recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[A
     What is run again has to keep what the first run would have kept, so under :class:`DeferredWeights` it runs under
     another one, whose own notes nobody needs.
     """
-    return nullcontext(), DeferredWeights() if is_deferring() else nullcontext()
+    outer = in_force()
+    return nullcontext(), nullcontext() if outer is None else outer.alike()
 
 
 class _Uses(NamedTuple):

@@ -18,11 +18,19 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .costs import Costs
-from .instruction import Instruction, Op, Value, compute
+from .instruction import Instruction, Op, Value, compute, lend
 from .orders import Order, Slot
+from .skips import Skip
 
 
-def greedy(num_micro_batches: int, placement: Sequence[int], costs: Costs, memory: Sequence[float]) -> Order:
+def greedy(
+    num_micro_batches: int,
+    placement: Sequence[int],
+    costs: Costs,
+    memory: Sequence[float],
+    *,
+    skips: Sequence[Skip] = (),
+) -> Order:
     """Return an order made for ``costs``; see [Note: Choices].
 
     Args:
@@ -30,6 +38,7 @@ def greedy(num_micro_batches: int, placement: Sequence[int], costs: Costs, memor
         placement: The rank of each stage.
         costs: Of these stages.
         memory: By rank, bytes that kept activations may take.
+        skips: See [Note: Skips].
 
     Raises:
         ValueError: The memory of a rank does not hold one micro-batch of each of its stages.
@@ -38,7 +47,8 @@ def greedy(num_micro_batches: int, placement: Sequence[int], costs: Costs, memor
     policies = [
         _Policy(owed, lead, first) for owed in (0, 1, count) for lead in (1, 2, count) for first in (Op.I, Op.F)
     ]
-    tried = [_followed(_State(num_micro_batches, placement, costs, memory, policy), 3 * count) for policy in policies]
+    states = [_State(num_micro_batches, placement, costs, memory, policy, skips=skips) for policy in policies]
+    tried = [_followed(state, 3 * count) for state in states]
     return min(tried, key=lambda state: state.end).order
 
 
@@ -66,6 +76,8 @@ class _State:
         costs: Costs,
         memory: Sequence[float],
         policy: _Policy,
+        *,
+        skips: Sequence[Skip],
     ) -> None:
         self._num_micro_batches = num_micro_batches
         self._placement = placement
@@ -73,6 +85,7 @@ class _State:
         self._free = [0.0] * (max(placement) + 1)
         self._room = list(memory)
         self._policy = policy
+        self._skips = skips
         self._lead = [0] * len(placement)  # by stage, forwards whose gradient has not come
         self._owed = [0] * len(memory)  # weight gradients put off
         self._there: dict[Value, float] = {}
@@ -110,7 +123,9 @@ class _State:
         self._room[rank] -= self._kept(one)
         self._owed[rank] += {Op.I: 1, Op.W: -1}.get(one.op, 0)
         self._lead[one.stage] += {Op.F: 1, Op.I: -1}.get(one.op, 0)
-        for value in one.writes:
+        # what a stage lends leaves after its first forward
+        lent = lend(one.stage, self._skips).writes if one.op is Op.F and one.micro_batch == 0 else ()
+        for value in (*one.writes, *lent):
             away = self._placement[value.stage] != rank
             self._there[value] = end + (self._costs.message_seconds(value) if away else 0.0)
 
@@ -120,7 +135,7 @@ class _State:
         for (op, stage), index in self._next.items():
             if self._placement[stage] != rank or index == self._num_micro_batches:
                 continue
-            one = compute(op, stage, index, num_stages=len(self._placement))
+            one = compute(op, stage, index, num_stages=len(self._placement), skips=self._skips)
             if all(value in self._there for value in one.reads) and self._fits(rank, one):
                 found.append((max([self._there[value] for value in one.reads], default=0.0), one))
         return found

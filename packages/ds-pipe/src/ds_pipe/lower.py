@@ -12,12 +12,33 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .costs import Costs
-from .instruction import COMPUTE, OPT, Instruction, Op, Value, compute, of_stage, receive, send
-from .orders import Order
+from .instruction import (
+    OPT,
+    USES_WEIGHTS,
+    Instruction,
+    Op,
+    Value,
+    compute,
+    give_back,
+    lend,
+    of_stage,
+    receive,
+    send,
+)
+from .orders import Order, Slot
 from .schedule import Schedule
+from .skips import Skip
 
 
-def lower(name: str, order: Order, placement: Sequence[int], num_micro_batches: int, costs: Costs) -> Schedule:
+def lower(
+    name: str,
+    order: Order,
+    placement: Sequence[int],
+    num_micro_batches: int,
+    costs: Costs,
+    *,
+    skips: Sequence[Skip] = (),
+) -> Schedule:
     """Return the schedule that computes in ``order``.
 
     Args:
@@ -26,14 +47,13 @@ def lower(name: str, order: Order, placement: Sequence[int], num_micro_batches: 
         placement: The rank of each stage.
         num_micro_batches: In the step.
         costs: Decide which of several computations comes first; they change the order of messages only.
+        skips: See [Note: Skips].
 
     Raises:
         ValueError: The order is circular, or lacks something: says which computations wait for what.
     """
     trains = any(slot.op is not Op.F for row in order for slot in row)
-    todo = [
-        [compute(*slot, num_stages=len(placement), trains=trains) for slot in reversed(row)] for row in order
-    ]  # last first
+    todo = [_computations(row, len(placement), skips, trains=trains)[::-1] for row in order]  # last first
     history = _History(placement, costs)
     while any(todo):
         startable = [
@@ -52,10 +72,28 @@ def lower(name: str, order: Order, placement: Sequence[int], num_micro_batches: 
             raise ValueError(f"the order of {name} cannot be followed: {'; '.join(waiting)}")
         _, rank = min(startable)
         history.compute(rank, todo[rank].pop())
-    rows = [_framed(row, trains=trains) for row in history.rows]
+    rows = [_framed(row, skips, trains=trains) for row in history.rows]
     return Schedule(
-        name=name, placement=tuple(placement), num_micro_batches=num_micro_batches, rows=tuple(rows), trains=trains
+        name=name,
+        placement=tuple(placement),
+        num_micro_batches=num_micro_batches,
+        rows=tuple(rows),
+        trains=trains,
+        skips=tuple(skips),
     )
+
+
+def _computations(row: Sequence[Slot], num_stages: int, skips: Sequence[Skip], *, trains: bool) -> list[Instruction]:
+    """Return what a rank computes; what a stage lends it hands out after its first forward, for which others wait."""
+    made = []
+    has_lent: set[int] = set()
+    for slot in row:
+        made.append(compute(*slot, num_stages=num_stages, trains=trains, skips=skips))
+        lending = lend(slot.stage, skips)
+        if lending.writes and slot.stage not in has_lent:
+            made.append(lending)
+            has_lent.add(slot.stage)
+    return made
 
 
 class _History:
@@ -87,9 +125,9 @@ class _History:
                 self.rows[consumer].append(receive(value, rank))
 
 
-def _framed(row: Sequence[Instruction], *, trains: bool) -> tuple[Instruction, ...]:
-    """Add UNSHARD before, RESHARD after each run of a stage's computations, REDUCE after the last, OPT at the end."""
-    last = {one.stage: index for index, one in enumerate(row) if one.op in COMPUTE}
+def _framed(row: Sequence[Instruction], skips: Sequence[Skip], *, trains: bool) -> tuple[Instruction, ...]:
+    """Add UNSHARD before and RESHARD after each run of a stage's work, RETURN and REDUCE after all, OPT at the end."""
+    last = {one.stage: index for index, one in enumerate(row) if one.op in USES_WEIGHTS}
     framed: list[Instruction] = []
     closing: list[Instruction] = []  # waits until results have been sent: others need them
     gathered = -1
@@ -97,13 +135,15 @@ def _framed(row: Sequence[Instruction], *, trains: bool) -> tuple[Instruction, .
         if one.op is not Op.SEND:
             framed += closing
             closing = []
-        if one.op in COMPUTE and one.stage != gathered:
+        if one.op in USES_WEIGHTS and one.stage != gathered:
             if gathered >= 0:
                 framed.append(of_stage(Op.RESHARD, gathered))
             framed.append(of_stage(Op.UNSHARD, one.stage))
             gathered = one.stage
         framed.append(one)
-        if one.op in COMPUTE and last[one.stage] == index:
-            closing = [of_stage(Op.RESHARD, one.stage), *([of_stage(Op.REDUCE, one.stage)] if trains else [])]
+        if one.op in USES_WEIGHTS and last[one.stage] == index:
+            returning = give_back(one.stage, skips)
+            closing = [of_stage(Op.RESHARD, one.stage), *([returning] if returning.reads else [])]
+            closing += [of_stage(Op.REDUCE, one.stage)] if trains else []
             gathered = -1
     return (*framed, *closing, OPT) if trains else (*framed, *closing)

@@ -129,7 +129,7 @@ class _Layer(nn.Module):
 def _timed(stage: Stage, value: Any, targets: Sequence[Any]) -> tuple[float, float, float]:
     """Return the seconds of F, I and W."""
     marks = [_now(value)]
-    _, kept = stage.forward(value, targets, scale=1.0)
+    _, _, kept = stage.forward(value, targets, scale=1.0)
     grads = _grads(stage, kept, targets)
     marks.append(_now(value))
     stage.backward(kept, grads)
@@ -163,7 +163,7 @@ def _kept_bytes(stage: Stage, value: Any, targets: Sequence[Any], saved: set[int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         # with all it keeps, until everything has been counted
-        out, _kept = stage.forward(value, targets, scale=1.0)
+        out, _, _kept = stage.forward(value, targets, scale=1.0)
     return nbytes, out
 
 

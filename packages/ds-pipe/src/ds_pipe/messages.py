@@ -12,6 +12,7 @@ steady shapes cost one.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -23,7 +24,7 @@ from .instruction import Value
 from .packets import Layout, Signature, signature_of
 
 _PREFIX = 64  # bytes: two int64, the length of the signature (0: the agreed one) and of the payload that follow
-_KINDS = {"x": 0, "g": 1}
+_KINDS = {"x": 0, "g": 1, "s": 2, "t": 3}
 _NEVER = 2**31 - 1  # a tag with which nothing is sent
 
 
@@ -43,6 +44,7 @@ class _Channel(NamedTuple):
     kind: str
     stage: int
     peer: int
+    skip: str
 
 
 class _Leaving(NamedTuple):
@@ -76,13 +78,17 @@ class Messages:
         group: The ranks of the pipeline; a backend whose messages carry tags (gloo, MPI).
         num_micro_batches: In one step.
         timeout: How long a message may take.
+        skips: Names of what goes past stages, on all ranks the same.
     """
 
-    def __init__(self, group: dist.ProcessGroup, num_micro_batches: int, timeout: timedelta) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, num_micro_batches: int, timeout: timedelta, skips: Sequence[str] = ()
+    ) -> None:
         self._group = group
         self._rank = dist.get_rank(group)
         self._num_micro_batches = num_micro_batches
         self._timeout = timeout
+        self._skips = {name: index for index, name in enumerate(skips)}
         self._nothing = Layout(signature_of(())[0])  # agreed on where nothing has been sent
         self._agreed: dict[_Channel, Layout] = {}
         self._last: dict[_Channel, tuple[int, Layout]] = {}  # of this step: micro-batch, and how it came
@@ -90,7 +96,7 @@ class Messages:
 
     def send(self, name: Value, value: Any, dst: int) -> None:
         """Begin to send ``value``, a copy of it, to rank ``dst`` of the group."""
-        channel = _Channel(name.kind, name.stage, dst)
+        channel = _Channel(name.kind, name.stage, dst, name.name)
         signature, tensors = signature_of(value)
         layout = agreed = self._agreed.get(channel, self._nothing)
         first = torch.empty(_PREFIX + agreed.nbytes, dtype=torch.uint8)
@@ -112,7 +118,7 @@ class Messages:
 
     def receive(self, name: Value, src: int) -> Arrival:
         """Begin to receive the value ``name`` from rank ``src`` of the group."""
-        channel = _Channel(name.kind, name.stage, src)
+        channel = _Channel(name.kind, name.stage, src, name.name)
         agreed = self._agreed.get(channel, self._nothing)
         buffer = torch.empty(_PREFIX + agreed.nbytes, dtype=torch.uint8)
         return Arrival(name, channel, agreed, buffer, self._post(buffer, name, src, 0), self)
@@ -194,7 +200,8 @@ class Messages:
             self._last[channel] = (name.micro_batch, layout)
 
     def _tag(self, name: Value) -> int:
-        return 2 * ((2 * name.stage + _KINDS[name.kind]) * self._num_micro_batches + name.micro_batch)
+        which = self._skips[name.name] if name.name else name.stage  # a number of its own among those of its kind
+        return 2 * ((4 * which + _KINDS[name.kind]) * self._num_micro_batches + max(0, name.micro_batch))
 
 
 def _close(group: dist.ProcessGroup, peer: int) -> None:

@@ -23,6 +23,7 @@ from .alarm import Alarm, PipelineError
 from .instruction import COMPUTE, Instruction, Op, Value
 from .messages import Arrival, MessageError, Messages
 from .schedule import Row, Schedule, splits_backward
+from .skips import Skip, leaving
 from .stage import Kept, Stage
 
 _EARLY = 2  # computations; see [Note: Early receives]
@@ -97,9 +98,10 @@ class Pipeline:
         parameters: Who holds the parameters; None: each rank its own.
         timeout: How long a message may take; then, as after any failure, all ranks end with the cause, and the group is
             closed.
+        lends: By name of each constant skip that leaves a stage of this rank, the weight that it is; see ``Borrower``.
 
     Raises:
-        ValueError: The stages or the group are not those of the schedule.
+        ValueError: The stages, the weights or the group are not those of the schedule.
 
     Example:
         >>> from .build import make_schedule
@@ -120,6 +122,7 @@ class Pipeline:
         loss: Callable[[Any, Any], Tensor] | None = None,
         parameters: Parameters | None = None,
         timeout: timedelta = timedelta(minutes=10),
+        lends: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> None:
         self.rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         own, last = schedule.stages_of(self.rank), schedule.num_stages - 1
@@ -130,10 +133,21 @@ class Pipeline:
             )
         if last in own and schedule.trains and loss is None:
             raise ValueError(f"rank {self.rank} has the last stage, {last}: it needs the loss")
+        lent = {skip.name for skip in schedule.skips if skip.constant and skip.source in own}
+        if lent != lends.keys():
+            raise ValueError(f"rank {self.rank} has to lend {sorted(lent)}; got {sorted(lends)}")
         splits = splits_backward(schedule)
         self.schedule = schedule
+        self._lends = lends
+        self._copies = parameters is not None  # what is lent: the owner may free it before it is given back
         self._stages = {
-            index: Stage(module, loss=loss if index == last else None, splits=splits)
+            index: Stage(
+                module,
+                loss=loss if index == last else None,
+                splits=splits,
+                hands=[skip.name for skip in _by_target(schedule, index)[::-1] if not skip.constant],
+                lends={skip.name: lends[skip.name] for skip in _by_target(schedule, index) if skip.constant},
+            )
             for index, module in stages.items()
         }
         self._row = schedule.rows[self.rank]
@@ -142,7 +156,8 @@ class Pipeline:
         self._alarm: Alarm | None = None
         self._agreed = group is None  # whether all ranks run this schedule
         if group is not None:
-            self._messages = Messages(group, schedule.num_micro_batches, timeout)
+            names = [skip.name for skip in schedule.skips]
+            self._messages = Messages(group, schedule.num_micro_batches, timeout, names)
             self._alarm = Alarm(group, timeout, self._messages.hang_up)
             self._alarm.offer(_digest(schedule))
         self._parameters = parameters or Whole()
@@ -222,12 +237,14 @@ class Pipeline:
         given = self._take(step, Value("x", stage, index)) if stage else step.inputs[index]
         last = stage == self.schedule.num_stages - 1
         target = step.targets[index : index + 1] if last else ()
+        skips = {value.name: self._take(step, value) for value in one.reads if value.kind == "s"}
         with step.around(stage, index):
-            out, kept = self._stages[stage].forward(given, target, scale=step.scale)
+            out, handed, kept = self._stages[stage].forward(given, target, scale=step.scale, skips=skips)
         if last:
             step.losses.append(out.detach() if self.schedule.trains else out)
         else:
             step.values[Value("x", stage + 1, index)] = out
+            step.values.update((value, handed[value.name]) for value in one.writes if value.kind == "s")
         if self.schedule.trains:
             step.values[Value("y", stage, index)] = kept
         self._free(step, one)
@@ -236,9 +253,11 @@ class Pipeline:
         stage, index = one.stage, one.micro_batch
         kept: Kept = step.values[Value("y", stage, index)]
         grads = self._take(step, Value("g", stage, index)) if stage < self.schedule.num_stages - 1 else None
-        found = self._stages[stage].backward(kept, grads)
+        skip_grads = {value.name: self._take(step, value) for value in one.reads if value.kind == "t"}
+        found, found_skips = self._stages[stage].backward(kept, grads, skip_grads)
         if stage:
             step.values[Value("g", stage - 1, index)] = found
+            step.values.update((value, found_skips[value.name]) for value in one.writes if value.kind == "t")
         if one.op is Op.B:
             self._stages[stage].settle(kept)
         else:
@@ -258,6 +277,13 @@ class Pipeline:
         if self._messages is not None:
             step.values[one.writes[0]] = self._messages.receive(one.writes[0], one.peer)
 
+    def _lend(self, step: _Step, one: Instruction) -> None:
+        for value in one.writes:
+            weight = self._lends[value.name]
+            stays = self.schedule.placement[value.stage] == self.rank
+            lent = weight.detach().clone() if stays and self._copies else weight.detach()
+            step.values[value] = lent.requires_grad_(weight.requires_grad)
+
     def _free(self, step: _Step, one: Instruction) -> None:
         for value in one.frees:
             del step.values[value]
@@ -275,6 +301,11 @@ class Pipeline:
         """The optimizer is the caller's."""
 
 
+def _by_target(schedule: Schedule, stage: int) -> list[Skip]:
+    """Return the skips that leave ``stage``, the nearest target's first."""
+    return sorted(leaving(schedule.skips, stage), key=lambda skip: skip.target)
+
+
 _RUN: Mapping[Op, Callable[[Pipeline, _Step, Instruction], None]] = MappingProxyType(
     {
         Op.F: Pipeline._forward,
@@ -285,6 +316,8 @@ _RUN: Mapping[Op, Callable[[Pipeline, _Step, Instruction], None]] = MappingProxy
         Op.RECV: Pipeline._receive,
         Op.UNSHARD: Pipeline._unshard,
         Op.RESHARD: Pipeline._reshard,
+        Op.LEND: Pipeline._lend,
+        Op.RETURN: Pipeline._free,
         Op.REDUCE: Pipeline._reduce,
         Op.OPT: Pipeline._step,
     }

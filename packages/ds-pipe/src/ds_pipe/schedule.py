@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from .instruction import Instruction, Op, parse
+from .skips import Skip, checked, parse_skips
 
 Row: TypeAlias = "tuple[Instruction, ...]"
 
@@ -39,6 +40,11 @@ class Schedule:
     """By rank, what it does, in order."""
     trains: bool = True
     """Whether there are backward passes."""
+    skips: tuple[Skip, ...] = ()
+    """What goes past stages; see [Note: Skips]."""
+
+    def __post_init__(self) -> None:
+        checked(self.skips, len(self.placement))
 
     @property
     def num_stages(self) -> int:
@@ -58,6 +64,7 @@ class Schedule:
         header = (
             f"{_HEADER} {self.name} placement {','.join(map(str, self.placement))} "
             f"micro_batches {self.num_micro_batches}{'' if self.trains else ' forward_only'}"
+            f"{' skips ' if self.skips else ''}{','.join(map(str, self.skips))}"
         )
         lines = (" ".join([f"{rank}:", *map(str, row)]) for rank, row in enumerate(self.rows))
         return "\n".join([header, *lines])
@@ -70,17 +77,20 @@ class Schedule:
             ValueError: The text is no schedule; says which line. Whether the schedule works is not looked at.
         """
         lines = [line.split() for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-        name, placement, micro_batches, trains = _parse_header(lines[0] if lines else [])
+        head = _parse_header(lines[0] if lines else [])
         if [words[0] for words in lines[1:]] != [f"{rank}:" for rank in range(len(lines) - 1)]:
             raise ValueError(f"one line per rank has to follow, '0: ...', '1: ...'; got {[w[0] for w in lines[1:]]}")
         rows = []
         for rank, words in enumerate(lines[1:]):
             try:
-                parsed = [parse(word, num_stages=len(placement), trains=trains) for word in words[1:]]
+                parsed = [
+                    parse(word, num_stages=len(head.placement), trains=head.trains, skips=head.skips)
+                    for word in words[1:]
+                ]
             except ValueError as error:
                 raise ValueError(f"rank {rank}: {error}") from error
             rows.append(tuple(parsed))
-        return cls(name=name, placement=placement, num_micro_batches=micro_batches, rows=tuple(rows), trains=trains)
+        return cls(rows=tuple(rows), **head._asdict())
 
     def grid(self, marks: Sequence[tuple[int, int]] = ()) -> str:
         """Draw the rows below each other, eight instructions a line; those at ``marks`` (rank, index) in brackets.
@@ -108,14 +118,25 @@ def splits_backward(schedule: Schedule) -> bool:
     return any(one.op is Op.I for row in schedule.rows for one in row)
 
 
-def _parse_header(words: list[str]) -> tuple[str, tuple[int, ...], int, bool]:
+class _Header(NamedTuple):
+    name: str
+    placement: tuple[int, ...]
+    num_micro_batches: int
+    trains: bool
+    skips: tuple[Skip, ...]
+
+
+def _parse_header(words: list[str]) -> _Header:
     try:
         head, name, _, placement, _, micro_batches, *rest = words
-        if head != _HEADER or rest not in ([], ["forward_only"]):
+        trains = rest[:1] != ["forward_only"]
+        rest = rest if trains else rest[1:]
+        if head != _HEADER or (rest and (rest[0] != "skips" or len(rest) != 2)):
             raise ValueError
-        return name, tuple(int(rank) for rank in placement.split(",")), int(micro_batches), not rest
+        ranks, count = tuple(int(rank) for rank in placement.split(",")), int(micro_batches)
     except ValueError:
         raise ValueError(
-            "the first line has to read 'schedule NAME placement RANK,RANK,... micro_batches COUNT [forward_only]'; "
-            f"got {' '.join(words)!r}"
+            "the first line has to read 'schedule NAME placement RANK,RANK,... micro_batches COUNT [forward_only] "
+            f"[skips STAGE>STAGE:NAME,...]'; got {' '.join(words)!r}"
         ) from None
+    return _Header(name, ranks, count, trains, parse_skips(rest[1]) if rest else ())

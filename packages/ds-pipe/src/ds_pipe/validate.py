@@ -1,12 +1,14 @@
 """Whether a schedule works, found out before it runs: for all ranks, from the schedule alone.
 
 [Note: What is checked]
-1. Every instruction belongs to the pipeline: its rank has the stage, its numbers are in range, its peer is another one.
+1. Every instruction belongs to the pipeline: its rank has the stage, its numbers are in range, its peer is another one,
+   it reads and writes what it has to, its skip is one of the schedule's.
 2. Each micro-batch is computed once at each stage: F, and when training B, or I and W.
 3. Every value is there when it is read: computed or received before on the same rank, once, and not freed.
 4. Every SEND has its RECV, and between two ranks both have one order.
 5. Ranks whose sends block until they are received come to the end: rows and messages form no circle.
-6. Parameters are gathered when they are used, gradients reduced after the last of them, weights stepped after that.
+6. Parameters are gathered when they are used or lent, gradients reduced after the last of them, weights stepped after
+   that.
 
 The memory of a schedule that works follows from it: :func:`peak_bytes`.
 """
@@ -20,8 +22,9 @@ from graphlib import CycleError, TopologicalSorter
 from typing import NamedTuple
 
 from .costs import Costs
-from .instruction import COMPUTE, Instruction, Op, Value
+from .instruction import COMPUTE, USES_WEIGHTS, Instruction, Op, Value, compute, give_back, lend
 from .schedule import Schedule
+from .skips import Skip
 
 Place = tuple[int, int]
 """A rank and the index of an instruction in its row."""
@@ -66,7 +69,8 @@ def validate(schedule: Schedule) -> None:
         schedule 'one': B0.0 on rank 0 needs y0.0, which has been neither computed nor received
         rank 0: [B0.0] F0.0 REDUCE0 OPT
     """
-    for check in (_check_belonging, _check_counts, _check_values, _check_messages, _check_progress, _check_parameters):
+    checks = (_check_belonging, _check_skips, _check_counts, _check_values, _check_messages, _check_progress)
+    for check in (*checks, _check_parameters):
         for problem in check(schedule):
             raise ScheduleError(schedule, *problem)
 
@@ -107,7 +111,7 @@ def _check_belonging(schedule: Schedule) -> Iterator[_Problem]:
         fault = ""
         if not 0 <= one.stage < schedule.num_stages:
             fault = f"there are stages 0 ... {schedule.num_stages - 1}"
-        elif (one.op in COMPUTE or one.peer >= 0) and not 0 <= one.micro_batch < schedule.num_micro_batches:
+        elif _has_micro_batch(one) and not 0 <= one.micro_batch < schedule.num_micro_batches:
             fault = f"there are micro-batches 0 ... {schedule.num_micro_batches - 1}"
         elif one.peer >= 0 and (one.peer == rank or one.peer >= schedule.num_ranks):
             fault = f"its other end has to be another one of the ranks 0 ... {schedule.num_ranks - 1}"
@@ -115,6 +119,46 @@ def _check_belonging(schedule: Schedule) -> Iterator[_Problem]:
             fault = f"stage {one.stage} lies on rank {schedule.placement[one.stage]}"
         if fault:
             yield _Problem(Reason.FOREIGN, f"{one} on rank {rank}: {fault}", [place])
+
+
+def _check_skips(schedule: Schedule) -> Iterator[_Problem]:
+    skips = {skip.name: skip for skip in schedule.skips}
+    for place, one in _instructions(schedule):
+        fault = next((found for value in (*one.reads, *one.writes) if (found := _fault_of(value, skips))), "")
+        if not fault and one != _as_made(schedule, one):
+            fault = "it reads, writes and frees other values than it has to"
+        if fault:
+            yield _Problem(Reason.FOREIGN, f"{one} on rank {place[0]}: {fault}", [place])
+
+
+def _has_micro_batch(one: Instruction) -> bool:
+    constant = one.peer >= 0 and all(value.micro_batch < 0 and value.name for value in (*one.reads, *one.writes))
+    return one.op in COMPUTE or (one.peer >= 0 and not constant)
+
+
+def _fault_of(value: Value, skips: Mapping[str, Skip]) -> str:
+    """Return what is wrong with a value of a skip, or nothing."""
+    if not value.name:
+        return ""
+    if value.name not in skips:
+        return f"there is no skip {value.name!r}; there are {', '.join(map(str, skips.values())) or 'none'}"
+    skip = skips[value.name]
+    into = skip.target if value.kind == "s" else skip.source
+    if value.stage != into:
+        return f"{'what goes by' if value.kind == 's' else 'the gradient of'} {skip} belongs to stage {into}"
+    if (value.micro_batch < 0) != (skip.constant and value.kind == "s"):
+        return f"the skip {skip} has {'one value for all micro-batches' if skip.constant else 'one for each'}"
+    return ""
+
+
+def _as_made(schedule: Schedule, one: Instruction) -> Instruction:
+    """Return the instruction as it has to be; messages may be of any value."""
+    if one.op in COMPUTE:
+        stages, trains, skips = schedule.num_stages, schedule.trains, schedule.skips
+        return compute(one.op, one.stage, one.micro_batch, num_stages=stages, trains=trains, skips=skips)
+    if one.op is Op.LEND:
+        return lend(one.stage, schedule.skips)
+    return give_back(one.stage, schedule.skips) if one.op is Op.RETURN else one
 
 
 def _check_counts(schedule: Schedule) -> Iterator[_Problem]:
@@ -250,7 +294,7 @@ class _Parameters:
         stage = one.stage
         if self.stepped:
             return "comes after the optimizer step"
-        if one.op in COMPUTE and self._gathers and stage not in self.gathered:
+        if one.op in USES_WEIGHTS and self._gathers and stage not in self.gathered:
             return f"the parameters of stage {stage} are not gathered"
         if one.op in COMPUTE - {Op.F} and stage in self.reduced:
             return f"the gradients of stage {stage} have been reduced"
