@@ -116,6 +116,17 @@ def grads_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+class Borrowing(nn.Module):
+    """Gives a part its weights."""
+
+    def __init__(self, part: nn.Module, weights: dict[str, Tensor]) -> None:
+        super().__init__()
+        self.part, self.weights = part, weights
+
+    def forward(self, value: Any) -> Tensor:
+        return self.part(value, skips=self.weights)
+
+
 def check(model: nn.Module, cut: int, inputs: list[Any], **settings: Any) -> None:
     """Compare a model that is run whole with its two parts in a pipeline; the model keeps its own gradients."""
     described = PipelineModule.from_causal_lm(model, loss_fn=loss_of, **settings)
@@ -124,15 +135,18 @@ def check(model: nn.Module, cut: int, inputs: list[Any], **settings: Any) -> Non
         (loss_of(out[0], target) * 0.5).backward()
     want = {name: grad.clone() for name, grad in grads_of(model).items()}
     model.zero_grad()
-    lent = {key: model.get_parameter(tie.names[0]) for key, tie in described.ties.items()}
+    loans = described.loans([0, cut, described.num_layers])
+    lent = {loan.weight: model.get_parameter(loan.weight) for loan in loans}
     parts = [
         described.build(0, cut),
-        described.build(cut, described.num_layers, lent={key: lambda w=w: w for key, w in lent.items()}),
+        described.build(cut, described.num_layers, borrows={loan.key: loan.skip for loan in loans}),
     ]
+    weights = {loan.skip: lent[loan.weight] for loan in loans}
     names = [name for part in parts for name, _ in part.named_parameters()]
     assert sorted(names) == sorted(name for name, _ in model.named_parameters())
     schedule = make_schedule("interleaved", num_ranks=1, num_micro_batches=2, num_chunks=2)
-    Pipeline(schedule, dict(enumerate(parts)), None, loss=loss_of).run(inputs, tokens())
+    stages = {0: parts[0], 1: Borrowing(parts[1], weights)}
+    Pipeline(schedule, stages, None, loss=loss_of).run(inputs, tokens())
     for name, grad in grads_of(model).items():
         if name in lent:  # the sum of its two uses has another order
             torch.testing.assert_close(grad, want[name])

@@ -73,14 +73,14 @@ def parts_of(model: PipelineModule, bounds: list[int]) -> list[Part]:
 class Numbered(nn.Module):
     """Gives each forward pass its key; schedules of one rank take micro-batches in order."""
 
-    def __init__(self, part: Part, *borrowed: nn.Parameter) -> None:
+    def __init__(self, part: Part, **borrowed: nn.Parameter) -> None:
         super().__init__()
-        self.part, self.count, self.borrowed = part, 0, nn.ParameterList(borrowed)
+        self.part, self.count, self.borrowed = part, 0, nn.ParameterDict(borrowed)
 
     def forward(self, value: Any) -> Any:
         with self.part.keyed(seed=3, micro_batch=self.count):
             self.count += 1
-            return self.part(value)
+            return self.part(value, skips=dict(self.borrowed))
 
 
 def gradients(
@@ -220,11 +220,14 @@ def test_a_sequential() -> None:
     given = torch.rand(2, 3)
     assert torch.equal(whole(given), plain(given))
     assert made.ties == {"a.weight": ((1, 3), ("a.weight", "a.weight")), "a.bias": ((1, 3), ("a.bias", "a.bias"))}
-    with pytest.raises(ValueError, match=r"layers \[1, 3\] have the parameter a.weight in common .* lend it"):
+    with pytest.raises(ValueError, match=r"layers \[1, 3\] have the parameter a.weight in common .* borrow it"):
         made.build(2, 4)
-    last = made.build(2, 4, lent={"a.weight": lambda: shared.weight, "a.bias": lambda: shared.bias})
+    last = made.build(2, 4, borrows={"a.weight": "w", "a.bias": "b"})
     assert not [*last.parameters()]
-    assert torch.equal(last(made.build(0, 2)(given)), plain(given))
+    assert torch.equal(last(made.build(0, 2)(given), skips={"w": shared.weight, "b": shared.bias}), plain(given))
+    with pytest.raises(ValueError, match=r"the part borrows the weights \['b', 'w'\]; got \['w'\] as skips"):
+        last(given, skips={"w": shared.weight})
+    assert made.loans([0, 2, 4])[0] == (0, 1, "a.weight", "a.weight@1", "a.weight")
     assert shared.weight is not None
 
 
@@ -260,15 +263,17 @@ def test_tied_layers(head: TiedLayerSpec, own: list[str], interval: int, name: s
     want = gradients([whole], "gpipe")
     names = [name for name, _ in whole.named_parameters()]
     assert names == ["0.weight", "1.weight", "1.bias", *own]
-    with pytest.raises(ValueError, match=r"part with the layers 2 ... 3 has layer 3 without layer 0: lend it"):
+    with pytest.raises(ValueError, match=r"part with the layers 2 ... 3 has layer 3 without layer 0: borrow it"):
         made.build(2, 4)
 
     first = made.build(0, 2)
     copied = nn.Parameter(first.get_parameter("0.weight").detach().clone())
-    last = made.build(2, 4, lent={"embed": lambda: copied})
+    last = made.build(2, 4, borrows={"embed": "weight"})
     assert [name for name, _ in last.named_parameters()] == own
     assert_equal(values([first, last]), values([whole]))
-    found = gradients([first, last], name, wrap=lambda part: Numbered(part, copied) if part is last else Numbered(part))
+    found = gradients(
+        [first, last], name, wrap=lambda part: Numbered(part, weight=copied) if part is last else Numbered(part)
+    )
     assert found[0] == want[0]
     for key in [*own, "1.weight", "1.bias"]:
         assert torch.equal(found[1][key], want[1][key])
@@ -281,16 +286,16 @@ def test_the_gradient_of_a_lent_weight_comes_with_that_of_the_input() -> None:
 
     made = PipelineModule([TiedLayerSpec("w", nn.Linear, 4, 4), nn.Tanh(), TiedLayerSpec("w", nn.Linear, 4, 4)])
     with pytest.raises(RuntimeError, match="meta"):  # the bias is not tied
-        made.build(1, 3, lent={"w": lambda: torch.ones(4, 4)})(torch.ones(2, 4))
+        made.build(1, 3, borrows={"w": "w"})(torch.ones(2, 4), skips={"w": torch.ones(4, 4)})
     specs = [
         TiedLayerSpec("w", nn.Linear, 4, 4, bias=False),
         nn.Tanh(),
         TiedLayerSpec("w", nn.Linear, 4, 4, bias=False),
     ]
     weight, later = torch.ones(4, 4, requires_grad=True), DeferredWeights()
-    part = PipelineModule(specs).build(1, 3, lent={"w": lambda: weight})
+    part = PipelineModule(specs).build(1, 3, borrows={"w": "w"})
     with later:
-        out = part(torch.ones(2, 4, requires_grad=True))
+        out = part(torch.ones(2, 4, requires_grad=True), skips={"w": weight})
     out.sum().backward()
     assert weight.grad is not None
 

@@ -118,6 +118,10 @@ def test_tied_and_recomputed_layers_are_measured() -> None:
     assert costs.message_bytes == (120.0, *7 * (480.0,))
     assert costs.kept_bytes[1:7] == 6 * (480.0,)  # the input of each
     assert min(costs.forward + costs.input_grad) > 0
+    shared = nn.Linear(4, 4)
+    costs = measure_costs(PipelineModule.from_sequential(nn.Sequential(shared, nn.ReLU(), shared)), torch.ones(1, 4))
+    assert costs.kept_bytes == (16.0, 16.0, 0.0)
+    assert shared.weight.grad is None
 
 
 @given(st.lists(st.integers(1, 50), min_size=6, max_size=12), st.lists(st.integers(1, 5), min_size=1, max_size=3))

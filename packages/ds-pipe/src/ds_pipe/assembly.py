@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from typing import NamedTuple
 
@@ -14,11 +14,15 @@ from .keyed import seed_generators
 from .layers import Layer, Modules, Tie
 from .part import Borrowed, Part, Step
 
-Lent = Mapping[str, Callable[[], Tensor]]
-
 
 def assemble(
-    layers: Sequence[Layer], ties: Mapping[str, Tie], indices: range, *, lent: Lent, seed: int, interval: int
+    layers: Sequence[Layer],
+    ties: Mapping[str, Tie],
+    indices: range,
+    *,
+    borrows: Mapping[str, str],
+    seed: int,
+    interval: int,
 ) -> Part:
     """Return the part with the layers ``indices``; sets the default generators.
 
@@ -26,7 +30,7 @@ def assemble(
         layers: Of the whole model.
         ties: Of the whole model.
         indices: Which layers.
-        lent: As of ``PipelineModule.build``.
+        borrows: As of ``PipelineModule.build``.
         seed: Each layer is made from it and its index.
         interval: Layers that are recomputed together.
 
@@ -34,22 +38,22 @@ def assemble(
         ValueError: As of ``PipelineModule.build``.
     """
     _check_buffers(layers, indices)
-    needs = _needs(ties, indices, lent)
+    needs = _needs(ties, indices, borrows)
     made: dict[int, Modules] = {}
     steps = []
     for index in indices:
         layer = layers[index]
-        borrowed = {need.name: need.key for need in needs if need.layer == index}
+        borrowed = {need.name: borrows[need.key] for need in needs if need.layer == index}
         if layer.uses not in made:
             # the other parameters of a foreign module stay on meta: who uses them gets an error
             modules = _made(layer, seed, nothing=layer.uses not in indices)
             made[layer.uses] = _without(modules, [*borrowed])
         modules = made[layer.uses]
-        held = [Borrowed(key, *_place(modules, name)) for name, key in borrowed.items()]
+        held = [Borrowed(skip, *_place(modules, name)) for name, skip in borrowed.items()]
         steps.append(Step(index, layer.run, [*modules], {} if layer.uses in indices else modules, held))
     own = {path: module for index, modules in made.items() if index in indices for path, module in modules.items()}
     _share(ties, indices, own)
-    return Part(own, steps, interval, {need.key: lent[need.key] for need in needs})
+    return Part(own, steps, interval)
 
 
 class _Need(NamedTuple):
@@ -60,7 +64,7 @@ class _Need(NamedTuple):
     name: str
 
 
-def _needs(ties: Mapping[str, Tie], indices: range, lent: Lent) -> list[_Need]:
+def _needs(ties: Mapping[str, Tie], indices: range, borrows: Mapping[str, str]) -> list[_Need]:
     found = [
         _Need(layer, key, name)
         for key, tie in ties.items()
@@ -69,12 +73,12 @@ def _needs(ties: Mapping[str, Tie], indices: range, lent: Lent) -> list[_Need]:
         if layer in indices
     ]
     for need in found:
-        if need.key not in lent:
+        if need.key not in borrows:
             tie = ties[need.key]
             raise ValueError(
                 f"the layers {list(tie.layers)} have the parameter {tie.names[0]} in common (ties[{need.key!r}]), and "
                 f"a part with the layers {indices.start} ... {indices.stop - 1} has layer {need.layer} without layer "
-                f"{tie.layers[0]}: lend it, build(..., lent={{{need.key!r}: function}}), or do not cut between them"
+                f"{tie.layers[0]}: borrow it, build(..., borrows={{{need.key!r}: name}}), or do not cut between them"
             )
     return found
 

@@ -113,6 +113,16 @@ class Layer(NamedTuple):
             return self.make()
 
 
+class Loan(NamedTuple):
+    """A tied parameter that a stage has from another one."""
+
+    source: int  # the stage that has it
+    target: int  # the stage that borrows it
+    key: str  # of ``ties``
+    skip: str  # what the way from one to the other is called; no two have one name
+    weight: str  # what the parameter is called in the whole model
+
+
 def layers_of(items: Sequence[Any], names: Sequence[str]) -> list[Layer]:
     """Return layers made of what a user lists: specs, modules and functions.
 

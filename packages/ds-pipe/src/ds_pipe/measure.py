@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -117,13 +116,13 @@ class _Layer(nn.Module):
     def __init__(self, model: PipelineModule, index: int, tied: dict[str, nn.Parameter]) -> None:
         super().__init__()
         keys = [key for key, tie in model.ties.items() if index in tie.layers]
-        borrowed = {key: tied[key] for key in keys if key in tied}
-        self.part = model.build(index, index + 1, lent={key: partial(tied.__getitem__, key) for key in borrowed})
-        self.borrowed = nn.ParameterList(borrowed.values())
+        self._borrowed = [key for key in keys if key in tied]
+        self._weights = nn.ParameterList(tied[key] for key in self._borrowed)
+        self.part = model.build(index, index + 1, borrows={key: key for key in self._borrowed})
         tied.update({key: self.part.get_parameter(model.ties[key].names[0]) for key in keys if key not in tied})
 
     def forward(self, value: Any) -> Any:
-        return self.part(value)
+        return self.part(value, skips=dict(zip(self._borrowed, self._weights, strict=True)))
 
 
 def _timed(stage: Stage, value: Any, targets: Sequence[Any]) -> tuple[float, float, float]:

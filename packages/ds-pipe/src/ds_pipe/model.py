@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from . import causal_lm
 from .assembly import assemble
 from .keyed import kept_generators
-from .layers import Layer, Tie, layers_of, ties_of_modules, ties_of_specs
+from .layers import Layer, Loan, Tie, layers_of, ties_of_modules, ties_of_specs
 from .partition import balanced, uniform
 
 if TYPE_CHECKING:
@@ -171,22 +173,45 @@ class PipelineModule:
             raise ValueError(f"no layer's class matches {pattern!r} of partition_method {self._method!r}; got {kinds}")
         return balanced(matches, num_stages)
 
-    def build(self, first: int, last: int, *, lent: Mapping[str, Callable[[], Tensor]] | None = None) -> Part:
+    def loans(self, bounds: Sequence[int]) -> list[Loan]:
+        """Return the tied parameters that stages borrow from another one, by target.
+
+        Args:
+            bounds: As of :meth:`bounds`.
+
+        Example:
+            >>> from .layers import TiedLayerSpec
+            >>> model = PipelineModule([TiedLayerSpec("w", nn.Linear, 4, 4, bias=False) for _ in range(3)])
+            >>> for loan in model.loans([0, 1, 3]):
+            ...     print(*loan)
+            0 1 w w@1 0.weight
+            >>> last = model.build(1, 3, borrows={"w": "w@1"})
+            >>> last(torch.ones(1, 4), skips={"w@1": torch.ones(4, 4)})
+            tensor([[16., 16., 16., 16.]])
+        """
+        found = []
+        for key, tie in self.ties.items():
+            source, *others = (bisect_right(bounds, layer) - 1 for layer in tie.layers)
+            for target in sorted({*others} - {source}):
+                found.append(Loan(source, target, key, f"{key}@{target}", tie.names[0]))
+        return sorted(found, key=lambda loan: loan.target)
+
+    def build(self, first: int, last: int, *, borrows: Mapping[str, str] = MappingProxyType({})) -> Part:
         """Make the layers ``first`` to before ``last``; no memory is taken for the others.
 
         Names and initial values of parameters and buffers are those of the whole model, ``build(0, num_layers)``.
 
         A tied parameter belongs to the part that has the first of its layers, and a part that has a later one borrows
-        it: it is none of its parameters, and has to be lent for each forward pass.
+        it: it is none of its parameters, and has to come with each forward pass. Its gradient is computed with those of
+        the inputs, never later.
 
         Args:
             first: Index of a layer.
             last: Index after the last one.
-            lent: By key of ``ties``, what returns the weight for the forward pass that begins; its gradient is computed
-                with those of the inputs, never later.
+            borrows: By key of ``ties``, the name under which the part gets a weight; see :meth:`loans`.
 
         Raises:
-            ValueError: There are no such layers; or a tied parameter is needed that is not lent; or layers on both
+            ValueError: There are no such layers; or a tied parameter is needed that is not borrowed; or layers on both
                 sides of the cut have a buffer in common.
         """
         if not 0 <= first < last <= self.num_layers:
@@ -194,5 +219,5 @@ class PipelineModule:
         base = torch.initial_seed() if self._base_seed is None else self._base_seed
         with kept_generators():
             return assemble(
-                self._layers, self.ties, range(first, last), lent=lent or {}, seed=base, interval=self._interval
+                self._layers, self.ties, range(first, last), borrows=borrows, seed=base, interval=self._interval
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -18,7 +19,7 @@ from .layers import Modules
 class Borrowed(NamedTuple):
     """A parameter that a step runs with, and does not have."""
 
-    key: str
+    skip: str  # under which it comes
     module: nn.Module
     attribute: str
 
@@ -36,7 +37,8 @@ class Step(NamedTuple):
 class Part(nn.Module):
     """The layers of one stage, made by ``PipelineModule.build``.
 
-    Maps what the stage before hands on to what this one hands on; the first one, the micro-batch.
+    Maps what the stage before hands on to what this one hands on; the first one, the micro-batch. A part that borrows
+    weights is given them with each forward pass: ``part(value, skips={name: weight})``, for the ``loans`` to its stage.
 
     [Note: Recomputed layers]
     A group of layers that is recomputed keeps its input, and runs again when the backward pass needs what is within:
@@ -49,7 +51,6 @@ class Part(nn.Module):
         modules: Modules,
         steps: Sequence[Step],
         interval: int,
-        lent: Mapping[str, Callable[[], Tensor]],
     ) -> None:
         super().__init__()
         for path, module in modules.items():
@@ -57,7 +58,7 @@ class Part(nn.Module):
         size = interval or len(steps)
         self._groups = [steps[start : start + size] for start in range(0, len(steps), size)]
         self._recomputes = interval > 0
-        self._lent = lent
+        self._borrows = {borrowed.skip for step in steps for borrowed in step.borrowed}
         self._key: Key | None = None
 
     @contextmanager
@@ -86,11 +87,17 @@ class Part(nn.Module):
         finally:
             self._key = before
 
-    def forward(self, value: Any) -> Any:
-        """Run the layers on one value; see ``PipelineModule``."""
+    def forward(self, value: Any, *, skips: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+        """Run the layers on one value; see ``PipelineModule``.
+
+        Raises:
+            ValueError: Other weights than those that are borrowed.
+        """
+        if skips.keys() != self._borrows:
+            raise ValueError(f"the part borrows the weights {sorted(self._borrows)}; got {sorted(skips)} as skips")
         key = self._key
         # views are no leaves: DeferredWeights leaves such weights alone, whose gradient has to leave with the input's
-        lent = {name: give().view_as(give()) for name, give in self._lent.items()}
+        lent = {name: weight.view_as(weight) for name, weight in skips.items()}
         for group in self._groups:
             if self._recomputes and torch.is_grad_enabled():
                 value = checkpoint(
@@ -109,7 +116,7 @@ class Part(nn.Module):
                 modules = step.foreign or {path: self.get_submodule(path) for path in step.paths}
                 with ExitStack() as stack:
                     for borrowed in step.borrowed:
-                        stack.enter_context(_lending(borrowed, lent[borrowed.key]))
+                        stack.enter_context(_lending(borrowed, lent[borrowed.skip]))
                     value = step.run(modules, value)
         return value
 
