@@ -12,6 +12,7 @@ import torch
 from ds_pipe import Pipeline, PipelineModule, make_schedule
 from ds_pipe.layers import LayerSpec, TiedLayerSpec
 from ds_pipe.part import Part
+from ds_pipe.skips import Skip
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -279,6 +280,33 @@ def test_tied_layers(head: TiedLayerSpec, own: list[str], interval: int, name: s
         assert torch.equal(found[1][key], want[1][key])
     # the two uses of a micro-batch are added up first in the whole model
     torch.testing.assert_close(found[1]["0.weight"] + copied.grad, want[1]["0.weight"])
+
+
+@pytest.mark.parametrize("interval", [0, 1])
+@pytest.mark.parametrize(
+    ("name", "bounds"), [("interleaved", [0, 2, 4]), ("interleaved", [0, 1, 2, 3, 4]), ("zb_v", [0, 2, 4])]
+)
+@pytest.mark.parametrize("head", [SAME, OTHER])
+def test_tied_layers_in_a_pipeline_have_the_bits_of_the_whole_model(
+    head: TiedLayerSpec, name: str, bounds: list[int], interval: int
+) -> None:
+    embed = TiedLayerSpec("embed", nn.Embedding, WORDS, WIDTH)
+    layers = [embed, LayerSpec(nn.Linear, WIDTH, WIDTH), nn.Tanh(), head]
+    made = PipelineModule(layers, activation_checkpoint_interval=interval)
+    want = gradients([made.build(0, 4)], "gpipe", wrap=nn.Sequential)
+    loans = made.loans(bounds)
+    parts = [
+        made.build(first, last, borrows={loan.key: loan.skip for loan in loans if loan.target == stage})
+        for stage, (first, last) in enumerate(pairwise(bounds))
+    ]
+    schedule = make_schedule(
+        name, num_ranks=1, num_micro_batches=MICRO_BATCHES, num_chunks=None if name == "zb_v" else len(parts),
+        skips=[Skip(loan.source, loan.target, loan.skip, constant=True) for loan in loans],
+    )  # fmt: skip
+    lends = {loan.skip: parts[loan.source].get_parameter(loan.weight) for loan in loans}
+    pipeline = Pipeline(schedule, dict(enumerate(parts)), None, loss=loss_of, lends=lends)
+    assert [loss.item() for loss in pipeline.run(*micro_batches())] == want[0]
+    assert_equal({key: p.grad for part in parts for key, p in part.named_parameters()}, want[1])
 
 
 def test_the_gradient_of_a_lent_weight_comes_with_that_of_the_input() -> None:

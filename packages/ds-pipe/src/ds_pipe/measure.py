@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -87,16 +88,13 @@ def staged(costs: Costs, bounds: Sequence[int]) -> Costs:
     def sums(each: Sequence[float]) -> tuple[float, ...]:
         return tuple(sum(each[first:last]) for first, last in pairwise(bounds))
 
-    return Costs(
+    return replace(
+        costs,
         forward=sums(costs.forward),
         input_grad=sums(costs.input_grad),
         weight_grad=sums(costs.weight_grad),
         kept_bytes=sums(costs.kept_bytes),
         message_bytes=tuple(costs.message_bytes[first] for first in bounds[:-1]),
-        latency=costs.latency,
-        bytes_per_second=costs.bytes_per_second,
-        unshard=costs.unshard,
-        reduce=costs.reduce,
     )
 
 
