@@ -107,7 +107,7 @@ def test_a_section_named_after_a_role_selects_any_plugin(role):
     assert load.asked == [(f"ds.{role}", "mine")]
 
 
-@pytest.mark.parametrize("role", ["store", "pipeline", "attention", "monitor"])
+@pytest.mark.parametrize("role", ["store", "attention", "monitor"])
 def test_a_role_that_is_not_composed_is_refused_unless_it_is_off(role):
     load = Plugins(mine=FakePlugin(Settings))
     with pytest.raises(ValueError, match=rf"{role}.* asks for composing a plugin of the group 'ds.{role}', which this"):
@@ -126,11 +126,19 @@ def test_such_a_section_must_name_its_plugin():
         parsed(Plugins(), collectives={"stage": 1})
 
 
-def test_deepspeeds_pipeline_section_selects_nothing():
+def test_deepspeeds_pipeline_section_selects_nothing_where_it_asks_for_nothing():
     section = {"stages": "auto", "partition": "best", "seed_layers": False}
     assert parsed(Plugins(), pipeline=section).plugins == {}
-    with pytest.raises(ValueError, match=r"pipeline.stages = 4 asks for pipeline parallelism"):
-        parsed(Plugins(), pipeline={"stages": 4})
+    assert parsed(Plugins(), pipeline={"stages": 1}).plugins == {}
+
+
+def test_a_pipeline_needs_no_name():
+    load = Plugins(pipe=FakePlugin(Settings), mine=FakePlugin(Settings))
+    chosen = parsed(load, pipeline={"stage": 3, "partition": "best"}).plugins["pipeline"]
+    assert (chosen.name, chosen.config) == ("pipe", Settings(stage=3))
+    assert parsed(load, pipeline={"name": "mine"}).plugins["pipeline"].name == "mine"
+    with pytest.raises(ValueError, match="stagse"):
+        parsed(load, pipeline={"stagse": 4})
 
 
 def test_a_plugin_without_settings_takes_none():

@@ -137,9 +137,9 @@ def test_every_group_can_be_listed():
 
 
 def test_a_wheel_installed_while_running_is_found(install):
-    assert installed("ds.pipeline") == []
-    install("late-pipe", group="ds.pipeline", name="late")
-    assert [row.name for row in installed("ds.pipeline")] == ["late"]
+    assert installed("ds.monitor") == []
+    install("late-monitor", group="ds.monitor", name="late")
+    assert [row.name for row in installed("ds.monitor")] == ["late"]
 
 
 def test_importing_the_registry_reads_no_metadata():

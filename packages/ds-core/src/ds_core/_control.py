@@ -10,7 +10,7 @@ import json
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Protocol, cast
+from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
 import torch.distributed as dist
@@ -147,6 +147,16 @@ def make_control(group: dist.ProcessGroup | None, device: torch.device | None = 
         'global_step3'
     """
     return SingleControl() if group is None else GroupControl(group, device or torch.device("cpu"))
+
+
+def everybody(control: Control, own: Json) -> list[Any]:
+    """Return every rank's ``own``, in their order, on all ranks.
+
+    Example:
+        >>> everybody(make_control(None), {"step": 3})
+        [{'step': 3}]
+    """
+    return cast("list[Any]", control.broadcast(control.gather(own)))
 
 
 @contextmanager

@@ -33,7 +33,7 @@ ParamGroups: TypeAlias = "list[dict[str, Any]]"
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "ds.partitioner": ("ds-zero",),
     "ds.store": (),
-    "ds.pipeline": (),
+    "ds.pipeline": ("ds-pipe",),
     "ds.collectives": ("ds-comm",),
     "ds.optimizer": ("ds-kernels", "ds-zero", "ds-comm"),
     "ds.attention": (),

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from ._control import Control, together
+from ._control import Control, everybody, together
 from ._json import decode_state, encode_state, plain
 from .checkpoint import Checkpoint, CheckpointError, check_shapes, open_checkpoint, save, verify
 from .checkpoint.folder import advice
@@ -95,7 +95,7 @@ class Vault:
         found: list[str] = []
         with together(control):
             found = verify(path, share=(control.rank, control.size))
-        shares = cast("list[list[str]]", control.broadcast(control.gather([*found])))
+        shares = everybody(control, [*found])
         # all ranks find what is wrong with the manifest or with a file's size
         return list(dict.fromkeys(problem for share in shares for problem in share))
 

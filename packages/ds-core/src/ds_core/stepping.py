@@ -69,7 +69,7 @@ class Stepping:
         """Run the model's forward pass; in training, with random numbers keyed by the global micro-batch."""
         policy = self._policy
         if policy.cast_inputs is not None:
-            args, kwargs = _cast((args, kwargs), policy.cast_inputs)
+            args, kwargs = cast_floats((args, kwargs), policy.cast_inputs)
         with record_function("ds.forward"):
             if not self.module.training:
                 return self.module(*args, **kwargs)
@@ -280,6 +280,6 @@ def keyed_randomness(seed: int, index: int, repeat: int, device: torch.device) -
             generator.set_state(state)
 
 
-def _cast(value: Any, dtype: torch.dtype) -> Any:
+def cast_floats(value: Any, dtype: torch.dtype) -> Any:
     """Cast the floating-point tensors in nested tuples, lists and dicts."""
     return pytree.tree_map_only(Tensor, lambda t: t.to(dtype) if t.is_floating_point() else t, value)

@@ -9,7 +9,7 @@ from .. import schedules
 from ..optimizers import canonical_name, torch_optimizer
 from ..registry import MissingPluginError, did_you_mean
 from .check import unknown_key, validated
-from .sections import ROLE_GROUPS, ZERO, Choice
+from .sections import DEFAULT_NAMES, ROLE_GROUPS, ZERO, Choice
 from .strip import known_keys
 
 if TYPE_CHECKING:
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 LoadPlugin: TypeAlias = "Callable[[str, str], Plugin]"
 """Imports a plugin by group and name: :func:`ds_core.registry.load`."""
+
+
+_ONE_STAGE = (None, "auto", 1)
 
 
 class TypeAndParams(NamedTuple):
@@ -43,7 +46,9 @@ def plugins(raw: Mapping[str, Json], load_plugin: LoadPlugin) -> dict[str, Choic
     for role in ROLE_GROUPS:
         if role in raw:
             params = _object(raw[role], role)
-            name = params.get("name")
+            if role in DEFAULT_NAMES and all(value in _ONE_STAGE for value in params.values()):
+                continue  # DeepSpeed's way of saying that there is no pipeline
+            name = params.get("name", DEFAULT_NAMES.get(role))
             if not isinstance(name, str):
                 raise ValueError(f"{role} must name its plugin: {{'name': ..., <settings>}}; got {raw[role]!r}")
             rest = {key: value for key, value in params.items() if key != "name"}

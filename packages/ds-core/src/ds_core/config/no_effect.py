@@ -18,6 +18,8 @@ _LOGGING = "set the level of the logger 'ds_core' instead"
 _QUIET = "nothing is printed: Engine.step() returns what it did"
 _RANGES = "phases are ranges 'ds.forward', 'ds.backward', 'ds.step' in torch.profiler"
 _OFF = "the feature is off"
+_STAGES = "a PipelineModule is told when it is made"
+_MESSAGES = "what stages hand on is not partitioned"
 _MATCHING = "gradients are summed in float32 and scaled once, so this cannot change the mean"
 
 NO_EFFECT: Mapping[str, str] = {
@@ -143,11 +145,11 @@ NO_EFFECT: Mapping[str, str] = {
     "expert_parallel.*": _OFF,
     "hybrid_engine.*": _OFF,
     "nebula.*": _OFF,
-    "pipeline.activation_checkpoint_interval": _OFF,
-    "pipeline.grad_partitioned": _OFF,
-    "pipeline.partition": _OFF,
-    "pipeline.pipe_partitioned": _OFF,
-    "pipeline.seed_layers": _OFF,
+    "pipeline.activation_checkpoint_interval": _STAGES,
+    "pipeline.grad_partitioned": _MESSAGES,
+    "pipeline.partition": _STAGES,
+    "pipeline.pipe_partitioned": _MESSAGES,
+    "pipeline.seed_layers": _STAGES,
     "progressive_layer_drop.*": _OFF,
     "quantize_training.*": _OFF,
     "tensor_parallel.*": _OFF,

@@ -183,9 +183,13 @@ class Config:
 ROLE_GROUPS: Mapping[str, str] = {
     "partitioner": "ds.partitioner",
     "collectives": "ds.collectives",
+    "pipeline": "ds.pipeline",
 }
 """Sections that select a plugin by ``{"name": ..., <its settings>}``, each with the plugin's group. The roles that
 are not composed yet stand in ``unavailable.py``."""
+
+DEFAULT_NAMES: Mapping[str, str] = {"pipeline": "pipe"}
+"""The plugin that a section selects which does not name one."""
 
 ZERO = "zero_optimization"
 """DeepSpeed's name for the section of the partitioner ``zero``."""

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from .check import unknown_key
 from .no_effect import NO_EFFECT
-from .sections import OWNED
+from .sections import OWNED, ROLE_GROUPS
 from .unavailable import UNAVAILABLE, Feature
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ class _Strip:
                 self._inner(kept, key, path, value)
             elif reason := NO_EFFECT.get(path) or _wildcard_reason(path):
                 self.no_effect[path] = reason
-            elif not section or section in OWNED:
+            elif not section or section in OWNED or section in ROLE_GROUPS:
                 kept[key] = value
             else:
                 self.problems.append(unknown_key(path, value, known_keys(section)))
@@ -85,7 +85,7 @@ class _Strip:
     def _inner(self, kept: dict[str, Json], key: str, path: str, value: Json) -> None:
         if isinstance(value, Mapping):
             inner = self.section(value, path)
-            if path in OWNED:
+            if path in OWNED or path in ROLE_GROUPS:
                 kept[key] = inner
         elif path in OWNED:
             kept[key] = value

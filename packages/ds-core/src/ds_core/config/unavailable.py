@@ -35,12 +35,10 @@ UNAVAILABLE: Mapping[str, Feature] = {
     # Plugins of roles that the engine is not built with.
     "attention": Feature(_ROLE.format("'ds.attention'"), (False, {})),
     "monitor": Feature(_ROLE.format("'ds.monitor'"), (False, {})),
-    "pipeline.name": Feature(_ROLE.format("'ds.pipeline'"), ()),
     "store": Feature(_ROLE.format("'ds.store'"), (False, {})),
     # Other kinds of parallelism.
     "data_parallel_size": Feature("a mesh of data and sequence parallel ranks", ()),
     "expert_parallel.enabled": Feature("expert parallelism", (False,)),
-    "pipeline.stages": Feature("pipeline parallelism", (1,), "ds-pipe"),
     "sequence_parallel_size": Feature("sequence parallelism", (1,)),
     "tensor_parallel.autotp_size": Feature("tensor parallelism", (0, 1)),
     "tensor_parallel.tensor_parallel.tp_size": Feature("tensor parallelism", (1,)),

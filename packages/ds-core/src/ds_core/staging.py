@@ -1,0 +1,115 @@
+"""A model in stages: which ranks have which, each stage partitioned, and the pipeline over them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+
+from ._control import Control, everybody, make_control
+from .chunks import Chunks
+from .collaborators import Given, make_partitioner, make_pipelines, optimizer_maker, param_groups, wrapped
+from .pipeline_engine import Running
+from .process_group import message_device
+
+if TYPE_CHECKING:
+    from .axes import Axes
+    from .config import Config
+    from .pipeline_protocols import StagedModel
+    from .protocols import BuildContext, Json, Sharded
+
+
+def num_pipeline_ranks(model: StagedModel, source: Mapping[str, Json], group: dist.ProcessGroup | None) -> int:
+    """Return over how many ranks a model is cut: as it says, or the configuration; else over all.
+
+    Raises:
+        ValueError: Both say so, and differ; or that is no number.
+    """
+    section = source.get("pipeline")
+    configured = section.get("stages") if isinstance(section, Mapping) else None
+    configured = None if configured == "auto" else configured
+    said = [number for number in (model.num_stages, configured) if number is not None]
+    if len(set(said)) > 1:
+        raise ValueError(f"the model has num_stages={said[0]}, the configuration pipeline.stages = {said[1]}; keep one")
+    number = said[0] if said else 1 if group is None else dist.get_world_size(group)
+    if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+        raise ValueError(f"pipeline.stages must be a positive number of ranks; got {number!r}")
+    return number
+
+
+class StageVerbs:
+    """Plays the role ``StageParameters``.
+
+    Args:
+        chunks: The stages of this rank, partitioned.
+    """
+
+    def __init__(self, chunks: Mapping[int, Sharded]) -> None:
+        self._chunks = chunks
+
+    def unshard(self, stage: int) -> None:
+        """Make the parameters of a stage whole."""
+        self._chunks[stage].unshard(self._chunks[stage].module)
+
+    def reshard(self, stage: int) -> None:
+        """Give back what :meth:`unshard` made whole."""
+        self._chunks[stage].reshard(self._chunks[stage].module)
+
+    def reduce(self, stage: int) -> None:
+        """Nothing is left to do: each micro-batch is reduced as its backward pass ends, in the order of the one sum."""
+
+
+def shard_stages(
+    model: StagedModel, given: Given, settings: Config, context: BuildContext, *, axes: Axes, control: Control
+) -> tuple[Chunks, Running]:
+    """Build and partition this rank's stages of ``model``, and connect them with the other ranks'.
+
+    Args:
+        model: The description.
+        given: Of the caller.
+        settings: The configuration.
+        context: For plugins; its group is that of the data-parallel ranks.
+        axes: This rank's place.
+        control: All ranks.
+
+    Raises:
+        ValueError: The optimizer is no function; or a rank has nothing to train.
+    """
+    if isinstance(given.optimizer, torch.optim.Optimizer):
+        raise ValueError(
+            "the parameters of a model in stages are made in initialize(): pass a function that makes the optimizer "
+            f"from parameter groups, got a {type(given.optimizer).__name__}"
+        )
+    stages = make_pipelines(settings, context).cut(
+        model,
+        rank=axes.pipe_rank,
+        num_ranks=axes.num_pipe_ranks,
+        num_micro_batches=settings.gradient_accumulation_steps,
+    )
+    partitioner = make_partitioner(settings, context)
+    sharded: dict[int, Sharded] = {}
+    for stage, module in stages.modules.items():
+        module.to(context.device)
+        groups = param_groups(module, given)
+        trains = any(len(entry["params"]) for entry in groups)
+        maker = optimizer_maker(settings, given.optimizer, groups, context) if trains else None
+        sharded[stage] = wrapped(partitioner.shard(module, maker, groups if trains else []), settings)
+    pipe_control = make_control(axes.pipe, message_device(axes.pipe, context.device))
+    chunks = Chunks(sharded, pipe_control, axes)
+    _check_all_train(chunks, control)
+    pipeline = stages.connect(axes.pipe, StageVerbs(sharded), seed=settings.seed)
+    running = Running(pipeline, axes, control, has_first=stages.has_first, has_last=stages.has_last)
+    return chunks, running
+
+
+def _check_all_train(chunks: Chunks, control: Control) -> None:
+    """Refuse a model that is trained on some ranks only: the others would not come to a step."""
+    trained = everybody(control, chunks.optimizer is not None)
+    if any(trained) and not all(trained):
+        idle = [rank for rank, trains in enumerate(trained) if not trains]
+        raise ValueError(
+            f"no parameter of the stages of ranks {idle} is trained: cut the model otherwise (partition_method), so "
+            "that each rank has one"
+        )

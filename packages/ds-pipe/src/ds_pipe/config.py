@@ -1,0 +1,28 @@
+"""Settings of a pipeline, as a configuration has them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PipeConfig:
+    """Settings of the plugin ``pipe``."""
+
+    stages: int | Literal["auto"] | None = None
+    """Ranks of one pipeline; None and ``auto``: as the model says, or all."""
+    schedule: str = "1f1b"
+    """A fixed schedule: see :func:`ds_pipe.make_schedule`."""
+    chunks: int | None = None
+    """Stages on each rank, for schedules that leave it open; None: as few as they can have."""
+    schedule_file: str | None = None
+    """A text file with a schedule to be used instead; see :class:`ds_pipe.Schedule`."""
+    timeout: float = 600.0
+    """Seconds that a message may take before its receiver gives up."""
+
+    def __post_init__(self) -> None:
+        if self.timeout <= 0:
+            raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout}")
+        if self.chunks is not None and self.chunks < 1:
+            raise ValueError(f"chunks must be a positive number of stages, got {self.chunks}")

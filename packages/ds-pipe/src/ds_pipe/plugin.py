@@ -1,0 +1,161 @@
+"""The entry point ``pipe`` of group ``ds.pipeline``: a model's stages on one rank, and the pipeline over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch.distributed as dist
+from torch import Tensor
+
+from .build import evaluation_of, make_schedule
+from .config import PipeConfig
+from .model import PipelineModule
+from .part import Part
+from .pipeline import Pipeline
+from .schedule import Schedule
+from .validate import validate
+
+if TYPE_CHECKING:
+    from ds_core.pipeline_protocols import MicroBatches, StageParameters
+    from ds_core.protocols import BuildContext
+
+MakeSchedule = Callable[[int, int], Schedule]
+"""Returns a schedule for a number of ranks and of micro-batches."""
+
+
+class StagePipeline:
+    """Plays the role ``Pipeline``: steps with backward passes, and without.
+
+    Args:
+        training: Runs the schedule.
+        evaluation: Runs its forward passes.
+        parts: The stages.
+        seed: Of random numbers in the forward pass.
+    """
+
+    def __init__(self, training: Pipeline, evaluation: Pipeline, parts: Mapping[int, Part], seed: int) -> None:
+        self._training = training
+        self._evaluation = evaluation
+        self._parts = parts
+        self._seed = seed
+
+    def train(self, batches: MicroBatches, *, scale: float) -> Sequence[Tensor]:
+        """Run all forward and backward passes of one step; see ``Pipeline.run``."""
+
+        def around(stage: int, micro_batch: int) -> AbstractContextManager[None]:
+            return self._parts[stage].keyed(self._seed, batches.keys[micro_batch])
+
+        return self._training.run(batches.inputs, batches.targets, scale=scale, around=around)
+
+    def evaluate(self, batches: MicroBatches) -> Sequence[Any]:
+        """Run the forward passes; returns losses, or outputs where there are no targets."""
+        return self._evaluation.run(batches.inputs, batches.targets)
+
+
+class Cut:
+    """Plays the role ``Stages``.
+
+    Args:
+        schedule: Whole.
+        parts: The stages of this rank.
+        loss: Maps the last stage's output and a target to a number.
+        timeout: How long a message may take.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        parts: Mapping[int, Part],
+        loss: Callable[[Any, Any], Tensor] | None,
+        timeout: timedelta,
+    ) -> None:
+        self.modules = parts
+        self.has_first = 0 in parts
+        self.has_last = schedule.num_stages - 1 in parts
+        self._schedule = schedule
+        self._loss = loss
+        self._timeout = timeout
+
+    def connect(self, group: dist.ProcessGroup | None, parameters: StageParameters, *, seed: int) -> StagePipeline:
+        """Return the pipeline over the ranks of ``group``."""
+        training, evaluation = (
+            Pipeline(schedule, self.modules, group, loss=self._loss, parameters=parameters, timeout=self._timeout)
+            for schedule in (self._schedule, evaluation_of(self._schedule))
+        )
+        return StagePipeline(training, evaluation, self.modules, seed)
+
+
+class PipeBuilder:
+    """Plays the role ``PipelineBuilder``.
+
+    Args:
+        make: Makes the schedule.
+        timeout: How long a message may take.
+    """
+
+    def __init__(self, make: MakeSchedule, timeout: timedelta) -> None:
+        self._make = make
+        self._timeout = timeout
+
+    def cut(self, model: PipelineModule, *, rank: int, num_ranks: int, num_micro_batches: int) -> Cut:
+        """Build what rank ``rank`` of ``num_ranks`` has of ``model``.
+
+        Raises:
+            ValueError: The schedule is not for these numbers or does not work, or the model has no loss or too few
+                layers.
+        """
+        if model.loss_fn is None:
+            raise ValueError("a pipeline is trained with the loss of its model: PipelineModule(..., loss_fn=...)")
+        schedule = self._make(num_ranks, num_micro_batches)
+        validate(schedule)
+        if (schedule.num_ranks, schedule.num_micro_batches) != (num_ranks, num_micro_batches):
+            raise ValueError(
+                f"the schedule {schedule.name!r} is for {schedule.num_ranks} ranks and {schedule.num_micro_batches} "
+                f"micro-batches; a step has {num_ranks} and {num_micro_batches} (gradient_accumulation_steps)"
+            )
+        bounds = model.bounds(schedule.num_stages)
+        parts = {stage: model.build(bounds[stage], bounds[stage + 1]) for stage in schedule.stages_of(rank)}
+        return Cut(schedule, parts, model.loss_fn, self._timeout)
+
+
+class PipePlugin:
+    """A plugin of the group ``ds.pipeline``, with a schedule by name or from a file, or one's own.
+
+    Whoever has schedules of their own offers an entry point of that group that names such an object.
+
+    Args:
+        make: Makes a schedule for a number of ranks and of micro-batches; None: as the configuration says.
+
+    Example:
+        >>> from .build import make_schedule
+        >>> plugin = PipePlugin(lambda ranks, count: make_schedule("gpipe", num_ranks=ranks, num_micro_batches=count))
+        >>> plugin.role_version
+        1
+    """
+
+    role_version = 1
+    config_type = PipeConfig
+
+    def __init__(self, make: MakeSchedule | None = None) -> None:
+        self._make = make
+
+    def build(self, config: PipeConfig, context: BuildContext) -> PipeBuilder:
+        """Return the builder."""
+        del context  # stages are made on the CPU, and moved by the caller
+        return PipeBuilder(self._make or _configured(config), timedelta(seconds=config.timeout))
+
+
+def _configured(config: PipeConfig) -> MakeSchedule:
+    if config.schedule_file is not None:
+        path = Path(config.schedule_file)
+        return lambda _num_ranks, _num_micro_batches: Schedule.parse(path.read_text())
+    return lambda num_ranks, num_micro_batches: make_schedule(
+        config.schedule, num_ranks=num_ranks, num_micro_batches=num_micro_batches, num_chunks=config.chunks
+    )
+
+
+pipe = PipePlugin()

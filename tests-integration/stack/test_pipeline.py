@@ -1,0 +1,279 @@
+"""ds-core, ds-pipe and ds-zero together: a model in stages has the bits of the same model in one process."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ds_core
+import pytest
+import torch
+from ds_pipe import PipelineModule
+from ds_pipe.layers import LayerSpec
+from ds_testkit import Rank, RankPool
+from ds_testkit.state import Exported, State, assembled, assert_same_bits, exported
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.utils.data import Dataset
+
+pytestmark = pytest.mark.rung_c
+
+WIDTH, VOCABULARY, STEPS = 16, 13, 4
+
+
+class Pools:
+    """Processes that are all of their world, which a pipeline needs."""
+
+    def __init__(self, root: str) -> None:
+        self._root = root
+        self._pools: dict[int, RankPool] = {}
+
+    def run(self, function: Callable[..., Any], *args: Any, size: int) -> list[Any]:
+        if size not in self._pools:
+            self._pools[size] = RankPool(size, self._root)
+        return self._pools[size].run(function, *args, size=size)
+
+    def close(self) -> None:
+        for pool in self._pools.values():
+            pool.close()
+
+
+@pytest.fixture(scope="module")
+def ranks(pytestconfig: pytest.Config) -> Iterator[Pools]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    pools = Pools(str(pytestconfig.rootpath))
+    yield pools
+    pools.close()
+    torch.set_num_threads(threads)
+
+
+class Sequences(Dataset[tuple[Tensor, Tensor]]):
+    """64 sequences of 6 tokens, and what follows each token."""
+
+    def __len__(self) -> int:
+        return 64
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(VOCABULARY, (7,), generator=torch.Generator().manual_seed(index))
+        return tokens[:-1], tokens[1:]
+
+
+class Block(nn.Module):
+    """A residual block; dropout is for tests of random numbers."""
+
+    def __init__(self, dropout: float) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.first, self.second = nn.Linear(WIDTH, 2 * WIDTH), nn.Linear(2 * WIDTH, WIDTH)
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        return hidden + self.dropout(self.second(functional.gelu(self.first(self.norm(hidden)))))
+
+
+def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
+    return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+
+def described(dropout: float = 0.0) -> PipelineModule:
+    specs = [
+        LayerSpec(nn.Embedding, VOCABULARY, WIDTH),
+        *(LayerSpec(Block, dropout) for _ in range(6)),
+        LayerSpec(nn.Linear, WIDTH, VOCABULARY),
+    ]
+    return PipelineModule(specs, loss_fn=loss_of)
+
+
+class Setting(NamedTuple):
+    """How to train."""
+
+    stage: int = 0  # of ZeRO
+    ranks: int = 1  # of one pipeline
+    schedule: str = "1f1b"
+    precision: str = "fp32"
+    dropout: float = 0.0
+    optimizer: str = "AdamW"
+    micro_batches: int = 4  # of a step, over all pipelines
+
+    def config(self) -> dict[str, Any]:
+        return {
+            "train_batch_size": 2 * self.micro_batches,
+            "train_micro_batch_size_per_gpu": 2,
+            "gradient_clipping": 0.3,
+            "optimizer": {"type": self.optimizer, "params": {"lr": 1e-2, "weight_decay": 0.1}},
+            "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 3}},
+            "zero_optimization": {"stage": self.stage, "unit_classes": ["Embedding", "Block", "Linear"]},
+            **({} if self.precision == "fp32" else {self.precision: {"enabled": True}}),
+        }
+
+
+class Outcome(NamedTuple):
+    losses: list[float]
+    norms: list[float | None]
+    pieces: list[Exported]
+
+
+def train_whole(rank: Rank, setting: Setting) -> Outcome:
+    """The same layers as one module, without ds-pipe's engine."""
+    model = described().build(0, 8)
+    engine, _, loader, _ = ds_core.initialize(
+        model, config=setting.config(), training_data=Sequences(), group=rank.group
+    )
+    losses: list[float] = []
+    norms = []
+    while len(norms) < STEPS:
+        for tokens, targets in loader:
+            losses.append(engine.backward(loss_of(engine(tokens), targets)).item())
+            if engine.step().boundary:
+                norms.append(engine.last_outcome.grad_norm)
+                if len(norms) == STEPS:
+                    break
+    return Outcome(losses, norms, exported(engine._sharded))
+
+
+def train(
+    rank: Rank, setting: Setting, steps: int = STEPS, load: str | None = None, save: str | None = None
+) -> Outcome:
+    config = {**setting.config(), "pipeline": {"stages": setting.ranks, "schedule": setting.schedule}}
+    engine, *_ = ds_core.initialize(
+        described(setting.dropout), config=config, training_data=Sequences(), group=rank.group
+    )
+    if load is not None:
+        engine.load_checkpoint(load)
+    losses, norms = [], []
+    while engine.global_steps < steps:
+        losses.append(engine.train_batch().item())
+        norms.append(engine.get_global_grad_norm())
+    if save is not None:
+        engine.save_checkpoint(save)
+    return Outcome(losses, norms, exported(engine._sharded))
+
+
+def whole(outcomes: list[Outcome]) -> State:
+    return assembled(outcome.pieces for outcome in outcomes)
+
+
+def means(losses: list[float], count: int) -> list[float]:
+    return [
+        torch.tensor(losses[i : i + count], dtype=torch.float64).mean().item() for i in range(0, len(losses), count)
+    ]
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "interleaved", "looped_bfs", "zb_h1", "zb_v"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_bits_are_those_of_the_model_in_one_process(ranks: Pools, stage: int, schedule: str) -> None:
+    want = ranks.run(train_whole, Setting(), size=1)
+    for pipeline, data in ((1, 2), (2, 1), (2, 2), (4, 1)):
+        setting = Setting(stage=stage, ranks=pipeline, schedule=schedule)
+        got = ranks.run(train, setting, size=pipeline * data)
+        assert_same_bits(whole(got), whole(want))
+        for outcome in got:
+            assert outcome.norms == want[0].norms
+            assert outcome.losses == pytest.approx(means(want[0].losses, setting.micro_batches), rel=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_random_numbers_do_not_depend_on_the_cut(ranks: Pools, precision: str) -> None:
+    setting = Setting(dropout=0.2, precision=precision, optimizer="Lion")
+    want = ranks.run(train, setting, size=1)
+    for pipeline, data, schedule, stage in ((4, 1, "zb_h1", 1), (2, 2, "interleaved", 3), (2, 2, "zb_v", 2)):
+        got = ranks.run(train, setting._replace(ranks=pipeline, schedule=schedule, stage=stage), size=pipeline * data)
+        assert_same_bits(whole(got), whole(want))
+        assert all((one.norms, one.losses) == (want[0].norms, want[0].losses) for one in got)
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ((4, 1, "1f1b", 0), (1, 2, "gpipe", 3)),
+        ((1, 1, "1f1b", 2), (2, 2, "zb_v", 3)),
+        ((2, 2, "zb_h1", 3), (4, 1, "1f1b", 1)),
+    ],
+    ids=lambda cut: f"{cut[0]}x{cut[1]} {cut[2]} stage {cut[3]}",
+)
+def test_a_checkpoint_goes_on_at_another_cut(
+    ranks: Pools, tmp_path: Path, before: tuple[int, int, str, int], after: tuple[int, int, str, int]
+) -> None:
+    want = ranks.run(train, Setting(dropout=0.2), size=1)
+    folder = str(tmp_path)
+    first, second = (Setting(dropout=0.2, ranks=cut[0], schedule=cut[2], stage=cut[3]) for cut in (before, after))
+    ranks.run(train, first, 2, None, folder, size=before[0] * before[1])
+    got = ranks.run(train, second, STEPS, folder, size=after[0] * after[1])
+    assert_same_bits(whole(got), whole(want))
+    assert got[0].losses == want[0].losses[2:]
+
+
+class Looked(NamedTuple):
+    evaluated: float
+    files: list[str]
+    weights: dict[str, Tensor]
+    bias: Tensor | str
+    group_rates: list[float]
+    refused: str
+
+
+def look_around(rank: Rank, folder: str) -> Looked:
+    setting = Setting(stage=3, ranks=2, schedule="interleaved")
+    config = {**setting.config(), "pipeline": {"stages": "auto", "schedule": setting.schedule}}
+    model = described()
+    model.num_stages = 2
+    engine, *_ = ds_core.initialize(
+        model,
+        config=config,
+        training_data=Sequences(),
+        model_parameters=lambda stage: [{"params": list(stage.parameters()), "lr": 0.01}],
+        group=rank.group,
+    )
+    engine.train_batch()
+    evaluated = engine.eval_batch(iter(engine.training_dataloader)).item()
+    assert engine.module.training
+    weights = engine.module_state_dict()
+    engine.save_16bit_model(folder)
+    try:
+        bias: Tensor | str = engine.access.full_param("7.bias")
+    except ValueError as error:
+        bias = str(error)
+    engine.offload_states()
+    engine.reload_states()
+    with pytest.raises(RuntimeError, match="train_batch"):
+        engine(torch.zeros(1))
+    with pytest.raises(RuntimeError, match="train_batch"):
+        engine.step()
+    try:
+        engine.train_batch(iter([]))
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    return Looked(
+        evaluated, sorted(path.name for path in Path(folder).iterdir()), weights, bias, engine.get_lr(), refused
+    )
+
+
+def test_evaluation_weights_and_access(ranks: Pools, tmp_path: Path) -> None:
+    found = ranks.run(look_around, str(tmp_path), size=4)
+    assert len({one.evaluated for one in found}) == 1
+    model = described().build(0, 8)
+    weights = found[0].weights
+    assert all(not one.weights for one in found[1:])
+    model.load_state_dict(weights)
+    # a new iterator over the data begins the second epoch
+    order = torch.randperm(64, generator=torch.Generator().manual_seed(1234 * 1_000_003 + 1)).tolist()
+    samples = [Sequences()[index] for index in order[:8]]
+    with torch.no_grad():
+        losses = [
+            loss_of(model(torch.stack([a[0], b[0]])), torch.stack([a[1], b[1]])).item()
+            for a, b in zip(samples[::2], samples[1::2], strict=True)
+        ]
+    assert found[0].evaluated == pytest.approx(math.fsum(losses) / 4, rel=1e-6)
+    assert found[0].files == [
+        *(f"model-{index:05d}-of-00004.safetensors" for index in range(1, 5)),
+        "model.safetensors.index.json",
+    ]
+    assert torch.equal(found[3].bias, weights["7.bias"])
+    assert found[0].bias == "parameter '7.bias' is on rank 1 of the pipeline, this is rank 0: ask there"
+    assert [one.group_rates for one in found] == [found[0].group_rates] * 4
+    # those in the middle of a longer pipeline would not read data
+    assert all("a step takes 2 micro-batches on each pipeline; the data ended after 0" in one.refused for one in found)
