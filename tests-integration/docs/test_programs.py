@@ -73,6 +73,7 @@ def run(folder: Path, source: str, command: list[str]) -> None:
         ("docs/optimizers.md", 1, "", OWN_OPTIMIZER),
         ("docs/scale.md", 1, "", "assert sent['all_gather'] == 14 * sent['reduce_scatter'] // 8"),
         ("docs/slow-links.md", 1, "", "assert loss < 0.5 and sent == 0 and state['param_groups'][0]['step'] == 80"),
+        ("docs/pipelines.md", 1, "", "assert engine.global_steps == 2 and loss < 6"),
         ("docs/models.md", 2, "", "assert engine.global_steps == 1 and run.saved.now == 512"),
         ("docs/large-models.md", 4, "", "assert access.full_param('3.weight')[0].abs().max() == 0"),
         ("docs/checkpoints.md", 2, TRAINED, "assert client_state == {'epoch': 3} and problems == []"),
@@ -96,6 +97,12 @@ def test_the_first_program_runs_on_two_processes(tmp_path: Path) -> None:
 def test_the_program_for_slow_links_runs_on_two_processes(tmp_path: Path) -> None:
     (source,) = programs("docs/slow-links.md")
     checks = "assert loss < 0.5 and sent > 0\ndist.destroy_process_group()\n"
+    run(tmp_path, source + checks, [*DS_RUN, "--nproc", "2"])
+
+
+def test_the_program_for_pipelines_runs_on_two_processes(tmp_path: Path) -> None:
+    (source,) = programs("docs/pipelines.md")
+    checks = "assert engine.global_steps == 2 and len(list(engine.module.parameters())) < 75\n"
     run(tmp_path, source + checks, [*DS_RUN, "--nproc", "2"])
 
 

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import ds_core
 import pytest
 import torch
-from ds_pipe import PipelineModule
-from ds_pipe.layers import LayerSpec
+from ds_pipe import LayerSpec, PipelineModule
 from ds_testkit import Rank, RankPool
 from ds_testkit.state import Exported, State, assembled, assert_same_bits, exported
 from torch import Tensor, nn

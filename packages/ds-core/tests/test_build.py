@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from ds_core import build, initialize, process_group
+from ds_core import collaborators, initialize, process_group
+from ds_core.protocols import BuildContext
 from ds_core.registry import MissingPluginError
 from torch import nn
 from torch.optim import lr_scheduler
@@ -34,9 +35,11 @@ def plugins(monkeypatch) -> dict[tuple[str, str], Callable[[], Any]]:
             raise MissingPluginError(group, name, ())
         return SimpleNamespace(role_version=1, config_type=None, build=lambda *_: offered[group, name]())
 
-    monkeypatch.setattr(build.registry, "load", load)
+    monkeypatch.setattr(collaborators.registry, "load", load)
     monkeypatch.setattr(
-        build.registry, "installed", lambda group: [SimpleNamespace(name=name) for of, name in offered if of == group]
+        collaborators.registry,
+        "installed",
+        lambda group: [SimpleNamespace(name=name) for of, name in offered if of == group],
     )
     return offered
 
@@ -100,7 +103,7 @@ def test_a_backend_that_cannot_run_is_told_once_and_replaced_for_all(plugins, ca
     if offers_reference:
         plugins["ds.kernels", "reference"] = lambda: reference
     with caplog.at_level(logging.WARNING):
-        chosen = build._kernels("auto", build.BuildContext(device=torch.device("cpu")))
+        chosen = collaborators._kernels("auto", BuildContext(device=torch.device("cpu")))
     assert chosen is (reference if offers_reference else None)
     assert len(caplog.records) == 1
 

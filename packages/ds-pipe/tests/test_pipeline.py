@@ -6,7 +6,8 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from ds_pipe import Pipeline, PipelineError, Schedule, make_greedy_schedule, make_schedule
+from ds_pipe import Pipeline, Schedule, make_greedy_schedule, make_schedule
+from ds_pipe.alarm import PipelineError
 from ds_pipe.costs import Costs
 from ds_testkit import Rank, RankPool
 from torch import Tensor, nn

@@ -1,22 +1,22 @@
 """Pipelines: schedules as data, generated, validated, simulated, drawn, and run."""
 
-from .alarm import PipelineError
 from .build import make_greedy_schedule, make_schedule
 from .costs import Costs
+from .layers import LayerSpec, TiedLayerSpec
 from .model import PipelineModule
 from .pipeline import Pipeline
 from .schedule import Schedule
-from .simulate import Timeline, simulate
+from .simulate import simulate
 from .validate import ScheduleError, peak_bytes, validate
 
 __all__ = [
     "Costs",
+    "LayerSpec",
     "Pipeline",
-    "PipelineError",
     "PipelineModule",
     "Schedule",
     "ScheduleError",
-    "Timeline",
+    "TiedLayerSpec",
     "make_greedy_schedule",
     "make_schedule",
     "peak_bytes",
