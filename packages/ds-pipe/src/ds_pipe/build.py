@@ -117,6 +117,7 @@ def evaluation_of(schedule: Schedule) -> Schedule:
     """
     order = [[Slot(one.op, one.stage, one.micro_batch) for one in row if one.op is Op.F] for row in schedule.rows]
     costs = Costs.uniform(schedule.num_stages)
-    made = lower(f"{schedule.name}:forward_only", order, schedule.placement, schedule.num_micro_batches, costs)
+    name, count = f"{schedule.name}:forward_only", schedule.num_micro_batches
+    made = lower(name, order, schedule.placement, count, costs, skips=schedule.skips)
     validate(made)
     return made
