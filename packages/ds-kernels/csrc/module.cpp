@@ -39,7 +39,8 @@ std::vector<std::string> isas() {
 PYBIND11_MODULE(_native, module) {
     module.doc() = "CPU kernels on raw addresses; use them through ds_kernels.";
     module.def("isas", &ds_kernels::isas, "Instruction sets this processor runs, fastest first.");
-    py::class_<ds_kernels::Kernels> kernels(module, "Kernels");
+    // Local: a vendored copy of this module may be loaded beside it.
+    py::class_<ds_kernels::Kernels> kernels(module, "Kernels", py::module_local());
     kernels.def(py::init(&ds_kernels::kernels_of));
     ds_kernels::bind_activations(kernels);
     ds_kernels::bind_codecs(kernels);

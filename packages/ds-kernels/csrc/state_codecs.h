@@ -32,12 +32,24 @@ void encode_format(const float* in, void* data, void*, std::size_t begin, std::s
 
 // Split: the nearest bfloat16 (halfway cases away from zero) and, in `extra`, the 16 bits that complete it to the
 // float32. Exact, but for NaN, which becomes the canonical one, so that a NaN is one in bfloat16, too.
+//
+// Bits below a zero and above an infinity are never encoded: somebody else wrote the upper half. They do not count, or
+// the sum would be NaN.
+inline std::uint32_t joined(std::uint16_t high, std::int16_t low) {
+    const std::uint32_t size = high & 0x7fffu;
+    const std::int32_t least = size == 0 ? 0 : -0x8000;
+    const std::int32_t most = size == 0x7f80u ? 0 : 0x7fff;
+    const std::int32_t given = low;
+    const std::int32_t raised = given < least ? least : given;
+    return (std::uint32_t(high) << 16) + std::uint32_t(raised > most ? most : raised);
+}
+
 inline void decode_split(const void* data, const void* extra, float* out, std::size_t begin, std::size_t n) {
     const auto* const high = static_cast<const std::uint16_t*>(data) + begin;
     const auto* const low = static_cast<const std::int16_t*>(extra) + begin;
 #pragma omp simd
     for (std::size_t i = 0; i < n; ++i) {
-        out[i] = as_float((std::uint32_t(high[i]) << 16) + std::uint32_t(std::int32_t(low[i])));
+        out[i] = as_float(joined(high[i], low[i]));
     }
 }
 

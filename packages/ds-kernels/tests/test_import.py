@@ -148,3 +148,22 @@ def test_a_copy_under_another_name_works(tmp_path):
         """,
         tmp_path,
     )
+
+
+def test_a_copy_with_its_native_module_works_beside_the_original(tmp_path, cpu):
+    vendored = tmp_path / "acme" / "_vendor"
+    vendored.mkdir(parents=True)
+    shutil.copytree(PACKAGE, vendored / "kernels", ignore=shutil.ignore_patterns("__pycache__"))
+    run(
+        f"""
+        import importlib, sys
+        import torch
+        sys.path.insert(0, {str(ROOT)!r})
+        for name in ("acme._vendor.kernels", {".".join(NAME)!r}):
+            package = importlib.import_module(name)
+            assert package.backends()["cpu"].unusable is None, package.backends()["cpu"]
+            kernels, x = package.CpuBackend(), torch.ones(64)
+            assert kernels.chunk_sumsq(x, 64).item() == 64
+        """,
+        tmp_path,
+    )

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import matched
+from .checks import check_input, check_vectors
 from .declare import Derivative, declare
 
 
@@ -80,7 +82,8 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
         Like ``x``.
 
     Raises:
-        ValueError: If shapes or data types do not fit.
+        TypeError: If ``x`` is no tensor.
+        ValueError: If shapes, data types or devices do not fit.
 
     Example:
         >>> bias_gelu(torch.zeros(2, 3), torch.ones(3))[0, 0]
@@ -89,10 +92,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None = None, *, approximate: str = "none
     Reference:
         Dan Hendrycks and Kevin Gimpel, Gaussian Error Linear Units (GELUs), 2016.
     """
-    _check_bias(x, bias)
+    x, bias = _checked(x, bias)
     if approximate not in ("none", "tanh"):
         raise ValueError(f"approximate must be 'none' or 'tanh'; got {approximate!r}")
-    result: Tensor = _bias_gelu(x.contiguous(), None if bias is None else bias.contiguous(), approximate)
+    result: Tensor = _bias_gelu(x, bias, approximate)
     return result
 
 
@@ -111,7 +114,8 @@ def bias_swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
         ``[..., n]``.
 
     Raises:
-        ValueError: If shapes or data types do not fit.
+        TypeError: If ``x`` is no tensor.
+        ValueError: If shapes, data types or devices do not fit.
 
     Example:
         >>> bias_swiglu(torch.tensor([[0.0, 1.0, 5.0, 5.0]]), torch.tensor([0.0, 0.0, 0.0, 1.0]))
@@ -120,18 +124,17 @@ def bias_swiglu(x: Tensor, bias: Tensor | None = None) -> Tensor:
     Reference:
         Noam Shazeer, GLU Variants Improve Transformer, 2020.
     """
-    if x.dim() == 0 or x.shape[-1] % 2:
+    x, bias = _checked(x, bias)
+    if x.shape[-1] % 2:
         raise ValueError(
             f"x must have gate and value, an even number of columns, in its last dimension; got shape {tuple(x.shape)}"
         )
-    _check_bias(x, bias)
-    result: Tensor = _bias_swiglu(x.contiguous(), None if bias is None else bias.contiguous())
+    result: Tensor = _bias_swiglu(x, bias)
     return result
 
 
-def _check_bias(x: Tensor, bias: Tensor | None) -> None:
-    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias must be one {x.dtype} value for each of the {x.shape[-1]} columns of x; got {bias.dtype} of shape "
-            f"{tuple(bias.shape)}"
-        )
+def _checked(x: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    check_input("x", x)
+    (bias,) = matched(x, bias)
+    check_vectors(x, {"bias": bias})
+    return x.contiguous(), None if bias is None else bias.contiguous()

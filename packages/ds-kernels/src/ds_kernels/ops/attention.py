@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import matched
+from .checks import check_input
 from .declare import Derivative, declare
 from .seeds import seed_for
 
@@ -85,7 +87,8 @@ def masked_softmax_dropout(
         Like ``scores``.
 
     Raises:
-        ValueError: If shapes, data types, ``p`` or ``seed`` do not fit.
+        TypeError: If ``scores`` or ``seed`` is no tensor.
+        ValueError: If shapes, data types, devices, ``p`` or ``seed`` do not fit.
 
     Example:
         >>> masked_softmax_dropout(torch.zeros(3, 3), causal=True)
@@ -96,6 +99,7 @@ def masked_softmax_dropout(
     Reference:
         Ashish Vaswani and others, Attention Is All You Need, 2017.
     """
+    check_input("scores", scores)
     if not 2 <= scores.dim() <= 4:
         raise ValueError(
             f"scores must be [queries, keys], [heads, queries, keys] or [batch, heads, queries, keys]; got shape "
@@ -109,6 +113,7 @@ def masked_softmax_dropout(
 
 def _added(mask: Tensor, scores: Tensor) -> Tensor:
     """Return what the mask adds to the scores."""
+    (mask,) = matched(scores, mask)
     sizes = zip(reversed(mask.shape), reversed(scores.shape), strict=False)
     fits = 1 <= mask.dim() <= scores.dim() and all(size in (1, whole) for size, whole in sizes)
     if not fits or mask.dtype not in (torch.bool, scores.dtype):

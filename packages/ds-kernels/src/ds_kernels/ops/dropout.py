@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import matched, widened
+from .checks import check_input, check_residual, check_vectors
 from .declare import Derivative, declare
 from .seeds import seed_for
 
@@ -80,7 +82,8 @@ def bias_dropout_residual(
         Like ``x``.
 
     Raises:
-        ValueError: If shapes, data types, ``p`` or ``seed`` do not fit.
+        TypeError: If ``x`` or ``seed`` is no tensor.
+        ValueError: If shapes, data types, devices, ``p`` or ``seed`` do not fit.
 
     Example:
         >>> x, seed = torch.ones(1, 6), torch.tensor(1)
@@ -90,16 +93,11 @@ def bias_dropout_residual(
     Reference:
         Nitish Srivastava and others, Dropout: A Simple Way to Prevent Neural Networks from Overfitting, 2014.
     """
-    if bias is not None and (bias.shape != x.shape[-1:] or bias.dtype != x.dtype):
-        raise ValueError(
-            f"bias must be one {x.dtype} value for each of the {x.shape[-1]} columns of x; got {bias.dtype} of shape "
-            f"{tuple(bias.shape)}"
-        )
-    if residual.shape != x.shape or residual.dtype != x.dtype:
-        raise ValueError(
-            f"residual must be {x.dtype} of shape {tuple(x.shape)}, as x; got {residual.dtype} of shape "
-            f"{tuple(residual.shape)}"
-        )
+    check_input("x", x)
+    x, residual = widened(x, residual)
+    check_residual(x, residual)
+    (bias,) = matched(x, bias)
+    check_vectors(x, {"bias": bias})
     seed = seed_for(x, p, seed, training=training)
     contiguous = None if bias is None else bias.contiguous()
     result: Tensor = _bias_dropout_residual(x.contiguous(), contiguous, residual.contiguous(), p, seed)

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .autocast import lowered
+from .checks import check_input
 from .declare import Derivative, declare
 
 
@@ -53,13 +55,16 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         ``[..., n]``.
 
     Raises:
-        ValueError: If shapes or data types do not fit.
+        TypeError: If ``x`` is no tensor.
+        ValueError: If shapes, data types or devices do not fit.
 
     Example:
         >>> linear_gelu(torch.ones(1, 2), torch.ones(1, 2), torch.zeros(1))
         tensor([[1.9545]])
     """
-    if weight.dim() != 2 or x.dim() == 0 or x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
+    check_input("x", x)
+    x, weight, bias = lowered(x, weight, bias)
+    if weight.dim() != 2 or x.shape[-1] != weight.shape[1] or bias.shape != weight.shape[:1]:
         raise ValueError(
             f"x, weight and bias must be [..., k], [n, k] and [n]; got {tuple(x.shape)}, {tuple(weight.shape)} and "
             f"{tuple(bias.shape)}"

@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from .autocast import lowered
+from .checks import check_input
 from .declare import Derivative, declare
 
 _OPERANDS = (
@@ -45,7 +46,6 @@ def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.mul(gradient, factor, out=torch.empty_like(gradient, dtype=dtype))  # without a copy in between
 
 
-@once_differentiable
 def _differentiate_sum(ctx: Any, grad: Tensor | None, *unused: None) -> tuple[Tensor | None, ...]:
     hidden, weight, bias = (
         _scaled(gradient, grad, ctx.dtype) if wanted and grad is not None else None
@@ -69,7 +69,6 @@ def _save_rows(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-@once_differentiable
 def _differentiate_rows(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     wanted = [ctx.needs_input_grad[i] for i in (0, 1, 3)]
     terms = ctx.ignore_index, ctx.label_smoothing, ctx.z_loss
@@ -133,7 +132,8 @@ def linear_cross_entropy(
         and its gradients are 0, as in torch.
 
     Raises:
-        ValueError: If shapes, data types or settings do not fit, or a target in host memory is no class.
+        TypeError: If ``hidden`` is no tensor.
+        ValueError: If shapes, data types, devices or settings do not fit, or a target in host memory is no class.
 
     Example:
         >>> hidden, weight = torch.zeros(3, 4, requires_grad=True), torch.zeros(8, 4)
@@ -145,6 +145,8 @@ def linear_cross_entropy(
         pass). Erik Wijmans and others, Cut Your Losses in Large-Vocabulary Language Models, 2024 (logits computed
         again). The z-loss is that of Aakanksha Chowdhery and others, PaLM, 2022.
     """
+    check_input("hidden", hidden)
+    hidden, weight, bias = lowered(hidden, weight, bias)
     _check(hidden, weight, target, bias)
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction must be 'mean', 'sum' or 'none'; got {reduction!r}")

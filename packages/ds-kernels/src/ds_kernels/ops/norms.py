@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .autocast import matched, widened
+from .checks import check_input, check_residual, check_vectors
 from .declare import Derivative, declare
 
 
@@ -117,7 +120,8 @@ def layer_norm(
         The normalized rows, and ``x + residual`` rounded to the data type (``x`` itself without residual).
 
     Raises:
-        ValueError: If shapes or data types do not fit.
+        TypeError: If ``x`` is no tensor.
+        ValueError: If shapes, data types or devices do not fit.
 
     Example:
         >>> normalized, residual = layer_norm(torch.tensor([[1.0, 3.0]]), residual=torch.tensor([[1.0, 1.0]]), eps=0.0)
@@ -127,10 +131,10 @@ def layer_norm(
     Reference:
         Jimmy Lei Ba, Jamie Ryan Kiros and Geoffrey Hinton, Layer Normalization, 2016.
     """
-    _check(x, {"weight": weight, "bias": bias}, residual)
     if bias is not None and weight is None:
         raise ValueError("bias is taken with weight only; got no weight; pass torch.ones_like(bias)")
-    arguments = [None if t is None else t.contiguous() for t in (residual, weight, bias)]
+    x, residual, vectors = _checked(x, {"weight": weight, "bias": bias}, residual)
+    arguments = [None if t is None else t.contiguous() for t in (residual, *vectors)]
     out, total, _, _ = _layer_norm(x.contiguous(), *arguments, eps)
     return out, x if residual is None else total
 
@@ -152,7 +156,8 @@ def rms_norm(
         The normalized rows, and ``x + residual`` rounded to the data type (``x`` itself without residual).
 
     Raises:
-        ValueError: If shapes or data types do not fit.
+        TypeError: If ``x`` is no tensor.
+        ValueError: If shapes, data types or devices do not fit.
 
     Example:
         >>> rms_norm(torch.tensor([[3.0, 3.0]]), torch.tensor([1.0, 2.0]), eps=0.0)[0]
@@ -161,24 +166,23 @@ def rms_norm(
     Reference:
         Biao Zhang and Rico Sennrich, Root Mean Square Layer Normalization, 2019.
     """
-    _check(x, {"weight": weight}, residual)
-    arguments = [None if t is None else t.contiguous() for t in (residual, weight)]
+    x, residual, vectors = _checked(x, {"weight": weight}, residual)
+    arguments = [None if t is None else t.contiguous() for t in (residual, *vectors)]
     out, total, _ = _rms_norm(x.contiguous(), *arguments, eps)
     return out, x if residual is None else total
 
 
-def _check(x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None) -> None:
-    for name, vector in vectors.items():
-        if vector is not None and (vector.shape != x.shape[-1:] or vector.dtype != x.dtype):
-            raise ValueError(
-                f"{name} must be one {x.dtype} value for each of the {x.shape[-1]} columns of x; got {vector.dtype} of "
-                f"shape {tuple(vector.shape)}"
-            )
-    if residual is not None and (residual.shape != x.shape or residual.dtype != x.dtype):
-        raise ValueError(
-            f"residual must be {x.dtype} of shape {tuple(x.shape)}, as x; got {residual.dtype} of shape "
-            f"{tuple(residual.shape)}"
-        )
+def _checked(
+    x: Tensor, vectors: Mapping[str, Tensor | None], residual: Tensor | None
+) -> tuple[Tensor, Tensor | None, list[Tensor | None]]:
+    """Return ``x``, the residual and the vectors as the kernel takes them; see [Note: Autocast]."""
+    check_input("x", x)
+    if residual is not None:
+        x, residual = widened(x, residual)
+        check_residual(x, residual)
+    named = dict(zip(vectors, matched(x, *vectors.values())))
+    check_vectors(x, named)
+    return x, residual, list(named.values())
 
 
 def _fake_statistic(x: Tensor) -> Tensor:

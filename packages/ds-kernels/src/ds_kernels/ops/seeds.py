@@ -13,6 +13,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .checks import check_seed
+
 _LARGEST = (1 << 63) - 1
 
 
@@ -24,11 +26,8 @@ def seed_for(x: Tensor, p: float, seed: Tensor | None, *, training: bool) -> Ten
     """
     if not 0 <= p < 1:
         raise ValueError(f"p must be at least 0 and below 1; got {p}")
-    if seed is not None and (seed.dim() != 0 or seed.dtype != torch.int64 or seed.device != x.device):
-        raise ValueError(
-            f"seed must be one int64 number on {x.device}, of shape (); got {seed.dtype} of shape "
-            f"{tuple(seed.shape)} on {seed.device}"
-        )
+    if seed is not None:
+        check_seed(seed, x.device)
     if p == 0 or not training:
         return None
     return torch.randint(_LARGEST, (), dtype=torch.int64, device=x.device) if seed is None else seed

@@ -15,6 +15,13 @@ where v > 0: a moment that came back as 0 would leave eps alone to divide the fi
 infinity comes back as NaN. The paper's scales are float16, which ends at 6e-8: bfloat16 has the same size and the
 range of float32.
 
+[Note: Weights from outside]
+A program may write a bfloat16 weight itself (a mask, a clamp, zeros) and leave the 16 bits below it as they were. The
+master is then the new weight plus what is left of the old one, at most half a unit in the weight's last place: it
+rounds to the weight that was written. Bits below a zero, or above an infinity, are never written by a step, and do not
+count: their sum with the upper half would be NaN. So a finite weight has a finite master, a zero one that is at most
+5e-41 and of its sign.
+
 Reference:
     FlashOptim: Optimizers for Memory Efficient Training, 2026, https://arxiv.org/abs/2602.23349.
 """
@@ -53,14 +60,17 @@ def split(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def join(high: Tensor, low: Tensor) -> Tensor:
-    """Return the float32 that :func:`split` cut.
+    """Return the float32 that :func:`split` cut; see [Note: Weights from outside] for other pairs.
 
     Example:
         >>> x = torch.randn(100)
         >>> torch.equal(join(*split(x)), x)
         True
     """
-    return ((high.view(torch.int16).to(torch.int32) << 16) + low.to(torch.int32)).view(torch.float32)
+    bits = high.view(torch.int16).to(torch.int32)
+    size = bits & 0x7FFF
+    foreign = ((size == 0) & (low < 0)) | ((size == _EXPONENT) & (low > 0))
+    return ((bits << 16) + low.to(torch.int32).masked_fill(foreign, 0)).view(torch.float32)
 
 
 def encode_signed(x: Tensor) -> tuple[Tensor, Tensor]:

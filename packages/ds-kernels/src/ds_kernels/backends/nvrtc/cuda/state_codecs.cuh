@@ -67,6 +67,14 @@ __device__ inline void write_stored(Stored* to, const Stored* from, bool whole, 
     }
 }
 
+// Bits below a zero and above an infinity do not count; see csrc/state_codecs.h.
+__device__ inline unsigned joined(unsigned short high, unsigned short low) {
+    const unsigned size = high & 0x7fffu;
+    const int given = short(low);
+    const bool counts = !((size == 0 && given < 0) || (size == 0x7f80u && given > 0));
+    return (unsigned(high) << 16) + unsigned(counts ? given : 0);
+}
+
 template <>
 struct Codec<Split> {
     static constexpr bool kGrouped = false;
@@ -83,7 +91,7 @@ struct Codec<Split> {
         Packet packet;
 #pragma unroll
         for (int k = 0; k < kPacket; ++k) {
-            packet.at[k] = __uint_as_float((unsigned(high[k]) << 16) + unsigned(int(short(low[k]))));
+            packet.at[k] = __uint_as_float(joined(high[k], low[k]));
         }
         return packet;
     }
