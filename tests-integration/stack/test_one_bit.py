@@ -8,10 +8,12 @@ import ds_core
 import ds_zero
 import pytest
 import torch
-from ds_comm.codecs import BlockCodec
+from ds_comm.codecs import BlockCodec, CastCodec
 from ds_comm.optim import Link
 from ds_comm.optim import OneBitAdam as PlainOneBitAdam
+from ds_comm.optim import OneBitLamb as PlainOneBitLamb
 from ds_comm.sharded.one_bit_adam import OneBitAdam
+from ds_comm.sharded.one_bit_lamb import OneBitLamb
 from ds_comm.traffic import Traffic
 from ds_testkit import Rank, RankPool
 from ds_testkit.state import Exported, State, assembled, exported
@@ -358,13 +360,62 @@ def test_what_cannot_be_is_refused(ranks: RankPool) -> None:
     ranks.run(refusals, size=4)
 
 
+# 1-bit LAMB #
+
+
+LAMB: dict[str, Any] = {**HYPER, "lr": 0.01}
+
+
+def lamb_against_plain(rank: Rank, stage: int) -> list[tuple[Tensor, Tensor]]:
+    """Weights of both after each step, with a code that loses nothing: the plain loop's blocks lie elsewhere."""
+    codec = CastCodec(dtype=torch.float32)
+    sharded = ds_zero.shard(
+        Form(),
+        lambda groups: OneBitLamb(groups, **LAMB, freeze_step=FREEZE, bias_correction=True, codec=codec),
+        config=ds_zero.ZeroConfig(stage=stage),
+        group=rank.group,
+    )
+    plain_model = Form()
+    plain = PlainOneBitLamb(
+        plain_model.parameters(),
+        **LAMB,
+        freeze_step=FREEZE,
+        bias_correction=True,
+        codec=codec,
+        link=Link(group=rank.group),
+    )
+    seen = []
+    for step in range(1, 13):
+        trained(sharded, rank, [step])
+        plain.zero_grad()
+        plain_model(gradients_of(rank.rank, step)).backward()
+        plain.step()
+        for got, want in zip(sharded.module.parameters(), plain_model.parameters(), strict=True):
+            seen.append((got.detach().reshape(-1).clone(), want.detach().reshape(-1).clone()))
+    return seen
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 1), (2, 2), (4, 1)])
+def test_lamb_takes_the_plain_loops_steps(ranks: RankPool, size: int, stage: int) -> None:
+    found = ranks.run(lamb_against_plain, stage, size=size)
+    for got, want in found[0]:
+        torch.testing.assert_close(got, want, rtol=0, atol=5e-6)
+    moved = [(found[0][-4 + i][0] - found[0][i][0]).abs().max() for i in range(4)]
+    assert min(moved) > 0.05, "the steps are larger than the tolerance by far"
+    for other in found[1:]:
+        assert all(torch.equal(first, second) for (first, _), (second, _) in zip(found[0], other, strict=True))
+
+
 # By configuration #
 
 
 def run_of(
     rank: Rank, optimizer: dict[str, Any], steps: int, folder: str | None = None, first: int = 0
-) -> tuple[list[float], list[Tensor], tuple[int, int]]:
-    """Losses, weights, and bytes sent and received after the warm-up; saves to ``folder``, or begins there."""
+) -> tuple[list[float], list[Tensor], tuple[int, int], Any]:
+    """Losses, weights, bytes sent and received after the warm-up, and what is saved of LAMB's tensors.
+
+    Saves to ``folder``, or begins there.
+    """
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(64, 256), nn.ReLU(), nn.Linear(256, 64))
     engine, made, *_ = ds_core.initialize(
@@ -378,6 +429,7 @@ def run_of(
     )
     if folder is not None and first:
         engine.load_checkpoint(folder)
+    numbers = made.param_groups[0].get("scaling_coeff")
     losses = []
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(100 * step + rank.rank)
@@ -388,13 +440,15 @@ def run_of(
         losses.append(loss.item())
     if folder is not None and not first:
         engine.save_checkpoint(folder)
+        numbers = made.param_groups[0].get("scaling_coeff")
     traffic = getattr(made, "traffic", Traffic())
-    return losses, weights_of(engine._sharded), (traffic.sent, traffic.received)
+    return losses, weights_of(engine._sharded), (traffic.sent, traffic.received), numbers
 
 
-def one_bit(code: str = "ternary", freeze_step: int = 20) -> dict[str, Any]:
-    params = {"lr": 3e-3, "freeze_step": freeze_step, "code": code, "bias_correction": True, "cuda_aware": False}
-    return {"type": "OneBitAdam", "params": params}
+def one_bit(code: str = "ternary", name: str = "OneBitAdam") -> dict[str, Any]:
+    lr = {"OneBitAdam": 3e-3, "OneBitLamb": 1e-2}[name]
+    params = {"lr": lr, "freeze_step": 20, "code": code, "bias_correction": True, "cuda_aware": False}
+    return {"type": name, "params": params}
 
 
 NUMEL = 64 * 256 + 256 + 256 * 64 + 64
@@ -417,10 +471,12 @@ def test_a_configuration_of_deepspeed_trains_within_a_quarter_of_a_byte(ranks: R
         assert 0.06 * NUMEL * 40 < sent <= 0.27 * NUMEL * 40
 
 
-def test_a_checkpoint_of_four_ranks_goes_on_on_two(ranks: RankPool, tmp_path: Any) -> None:
-    folder = str(tmp_path)
-    saved = ranks.run(run_of, one_bit(), 30, folder, size=4)
-    found = ranks.run(run_of, one_bit(), 20, folder, 30, size=2)
+@pytest.mark.parametrize("name", ["OneBitAdam", "OneBitLamb"])
+def test_a_checkpoint_of_four_ranks_goes_on_on_two(ranks: RankPool, tmp_path: Any, name: str) -> None:
+    folder, optimizer = str(tmp_path), one_bit(name=name)
+    saved = ranks.run(run_of, optimizer, 30, folder, size=4)
+    found = ranks.run(run_of, optimizer, 20, folder, 30, size=2)
+    assert found[0][3] == saved[0][3], "numbers of tensors"
     assert all(map(torch.equal, found[0][1], found[1][1]))
     before, after_load = (torch.tensor([each[0] for each in runs]).mean(0) for runs in (saved, found))
     assert after_load[0] < 1.1 * before[-3:].max()

@@ -32,6 +32,10 @@ class Part(Protocol):
     def end(self) -> int:
         """First element behind it."""
 
+    @property
+    def name(self) -> str:
+        """Fully qualified name of the tensor; of several, of the first."""
+
 
 class WholeFlat(Protocol):
     """A buffer of parameters that communicate together, whole on every rank, and this rank's shard of it."""

@@ -27,10 +27,10 @@ REFUSED: Mapping[str, str] = {
 }
 """Classes of ``torch.optim`` that cannot be used, each with the reason."""
 
-OWN_MESSAGES = ("OneBitLamb", "ZeroOneAdam")
+OWN_MESSAGES = ("ZeroOneAdam",)
 """Optimizers that exchange messages themselves, in place of the engine's: ds-comm has them, for a plain loop."""
 
-PLUGIN_NAMES = ("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD", "OneBitAdam", *OWN_MESSAGES)
+PLUGIN_NAMES = ("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD", "OneBitAdam", "OneBitLamb", *OWN_MESSAGES)
 """Names that DeepSpeed's files write in any case, beside torch's own, and that a plugin can offer."""
 
 # Settings of DeepSpeed's Adam that torch's lacks, each with the values under which the two agree.

@@ -64,6 +64,7 @@ class Span(NamedTuple):
     group: int
     start: int
     end: int
+    name: str  # of the parameter; of a whole group, of its first
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,9 +135,9 @@ class Layout:
         """Yield what the optimizer sees as parameters: a whole group, or each tensor of the groups ``per_tensor``."""
         for group, (start, end) in sorted(self.group_ranges().items()):
             if group not in per_tensor:
-                yield Span(group, start, end)
+                yield Span(group, start, end, next(slot.name for slot in self.slots if slot.group == group))
             else:
-                yield from (Span(group, slot.offset, slot.end) for slot in self.slots if slot.group == group)
+                yield from (Span(group, slot.offset, slot.end, slot.name) for slot in self.slots if slot.group == group)
 
 
 def plan(specs: Sequence[Spec], num_shards: int) -> Layout:

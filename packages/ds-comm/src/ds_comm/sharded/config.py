@@ -74,3 +74,26 @@ class OneBitAdamConfig(SlowLinkConfig):
         SlowLinkConfig.__post_init__(self)
         if self.freeze_step < 1:
             raise ValueError(f"freeze_step must be at least 1: the variance is made until then; got {self.freeze_step}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OneBitLambConfig(OneBitAdamConfig):
+    """Settings of :class:`ds_comm.sharded.one_bit_lamb.OneBitLamb`; defaults are DeepSpeed's.
+
+    Example:
+        >>> OneBitLambConfig(freeze_step=400).max_coeff
+        10.0
+    """
+
+    max_coeff: float = 10.0
+    """Largest ratio of norms."""
+    min_coeff: float = 0.01
+    """Smallest ratio of norms."""
+    coeff_beta: float = 0.9
+    """Decay of the average of ratios."""
+    factor_max: float = 4.0
+    """Largest factor."""
+    factor_min: float = 0.5
+    """Smallest factor."""
+    factor_threshold: float = 0.1
+    """By what part a factor may differ from the last one."""

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import OneBitAdamConfig, SlowLinkConfig
+from .config import OneBitAdamConfig, OneBitLambConfig, SlowLinkConfig
 from .one_bit_adam import OneBitAdam
+from .one_bit_lamb import Coefficients, OneBitLamb
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -57,4 +58,16 @@ def _one_bit_adam(config: OneBitAdamConfig, kernels: KernelBackend | None) -> Ma
     return Maker(OneBitAdam, {**_shared(config, kernels), "freeze_step": config.freeze_step})
 
 
+def _one_bit_lamb(config: OneBitLambConfig, kernels: KernelBackend | None) -> Maker:
+    coefficients = Coefficients(
+        coeff=(config.min_coeff, config.max_coeff),
+        beta=config.coeff_beta,
+        factor=(config.factor_min, config.factor_max),
+        threshold=config.factor_threshold,
+    )
+    settings = {**_shared(config, kernels), "freeze_step": config.freeze_step, "coefficients": coefficients}
+    return Maker(OneBitLamb, settings)
+
+
 one_bit_adam: Plugin = SlowLinkPlugin(OneBitAdamConfig, _one_bit_adam)
+one_bit_lamb: Plugin = SlowLinkPlugin(OneBitLambConfig, _one_bit_lamb)
