@@ -8,8 +8,9 @@ import ds_core
 import ds_zero
 import pytest
 import torch
-from ds_comm import CompressedCollectives
-from ds_comm.config import CompressionConfig
+from ds_comm import CompressedCollectives, LinkCost
+from ds_comm.config import AutoConfig, CompressionConfig
+from ds_comm.link_aware import LinkAwareCompression, Report
 from ds_comm.plugin import Compression
 from ds_core.config import parse
 from ds_core.registry import load
@@ -141,6 +142,9 @@ def test_nodes_code_on_both_levels(ranks: RankPool, zero: dict[str, Any]) -> Non
     assert coded[0].wire["reduce_scatter"] < coded[0].exact["reduce_scatter"] / 4
 
 
+AUTO = {"compression": {"auto": {"compute_seconds": 1e-9, "step_seconds": 1e-9}}}
+
+
 def configured(rank: Rank, zero: dict[str, Any], more: dict[str, Any] | None = None) -> list[float]:
     engine, *_ = ds_core.initialize(
         built(),
@@ -201,6 +205,60 @@ def test_the_configuration_shows_what_the_keys_mean() -> None:
     zero = {"stage": 2, "zero_quantized_gradients": True}
     config = parse({"train_batch_size": 4, "zero_optimization": zero}, 2, load)
     assert config.plugins["collectives"].config == CompressionConfig(gradients="int4")
+
+
+def test_the_configuration_shows_what_auto_means() -> None:
+    config = parse({"train_batch_size": 4, "compression": {"auto": {"step_seconds": 2}}}, 2, load)
+    assert config.plugins["collectives"].config == CompressionConfig(auto=AutoConfig(step_seconds=2.0))
+    with pytest.raises(ValueError, match=r"unknown key collectives\.auto\.seconds = 2"):
+        parse({"train_batch_size": 4, "compression": {"auto": {"seconds": 2}}}, 2, load)
+
+
+def chosen(rank: Rank, zero: dict[str, Any], bandwidths: list[float]) -> tuple[Outcome, Report]:
+    """The outer level is slow."""
+    costs = [LinkCost(latency=0.0, bandwidth=bandwidth) for bandwidth in bandwidths]
+    auto = AutoConfig(step_seconds=0.5, compute_seconds=0.1, max_error=1.0)
+    compression = LinkAwareCompression(CompressionConfig(auto=auto), costs=costs)
+    made: list[CompressedCollectives] = []
+    around = compression.around
+    compression.around = lambda inner: made.append(around(inner)) or made[-1]  # type: ignore[method-assign]
+    sharded = sharded_as(rank, zero, compression, None)
+    losses = [stepped(sharded, step, rank) for step in range(STEPS)]
+    sent = [{"reduce_scatter": sum(each.accounts["reduce_scatter"][kind].sent for each in made)} for kind in (0, 1)]
+    assert compression.report is not None
+    return Outcome(losses, [weight for layer in sharded.module[:2] for weight in layer.seen], *sent), compression.report
+
+
+@pytest.mark.parametrize(
+    ("zero", "bandwidths"), [({"stage": 2}, [2e4]), ({"stage": 3, "zero_hpz_partition_size": 2}, [1e9, 1e4])]
+)
+def test_codes_chosen_by_links_learn_alike_on_all_ranks(
+    ranks: RankPool, zero: dict[str, Any], bandwidths: list[float]
+) -> None:
+    exact = ranks.run(trained, zero, None, size=4)
+    (first, report), *others = ranks.run(chosen, zero, bandwidths, size=4)
+    for other, its_report in others:
+        assert its_report == report
+        assert all(map(torch.equal, first.seen, other.seen))
+    outcomes = [first, *(outcome for outcome, _ in others)]
+    assert torch.allclose(means(outcomes), means(exact), rtol=0.1, atol=0.02)
+    assert report.plan.met
+    assert report.bytes_saved > 0
+    outer = [
+        code
+        for bucket, code in zip(report.buckets, report.plan.codes)
+        if bucket.name.startswith(f"{len(bandwidths) - 1}.")
+    ]
+    assert set(outer) != {"exact"}
+    if len(bandwidths) == 2:
+        inner = [code for bucket, code in zip(report.buckets, report.plan.codes) if bucket.name.startswith("0.")]
+        assert set(inner) == {"exact"}, "within nodes there is time"
+    assert first.wire["reduce_scatter"] < first.exact["reduce_scatter"]
+
+
+def test_the_key_compression_selects_it(ranks: RankPool) -> None:
+    (exact, _), (coded, _) = (ranks.run(configured, {}, more, size=2) for more in ({}, AUTO))
+    assert torch.allclose(torch.tensor(coded), torch.tensor(exact), rtol=0.1, atol=0.02)
 
 
 def refused(rank: Rank) -> None:

@@ -41,6 +41,14 @@ class Messages:
     def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Waiting:
         return self._start(outgoing, incoming, 3 * key + 2)
 
+    def gather_rows(self, row: Tensor) -> Tensor:
+        rows = row.new_empty(self.size, row.numel())
+        dist.all_gather(list(rows), row, group=self._group)
+        return rows
+
+    def broadcast(self, tensor: Tensor) -> None:
+        dist.broadcast(tensor, group=self._group, group_src=0)
+
     def _start(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], tag: int) -> Waiting:
         works = []
         incoming[self.rank].copy_(outgoing[self.rank])

@@ -10,8 +10,7 @@ import sys
 import pytest
 from ds_comm import LinkCost, Links, probe
 from ds_comm.commands import main
-from ds_comm.links import Sample, fit
-from ds_comm.probing import measure
+from ds_comm.links import Sample, fit, measure
 from ds_testkit import Rank, RankPool, slow_link
 from hypothesis import given
 from hypothesis import strategies as st

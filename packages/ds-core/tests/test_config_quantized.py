@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from ds_core.config import parse
+from ds_core.config.compression import as_section
 from ds_core.config.quantized import as_collectives
 from ds_core.registry import MissingPluginError
 
@@ -136,3 +137,33 @@ def test_weights_in_8_bits_go_with_gradients_of_another_type():
         "gradients": "bf16",
         "error_feedback": False,
     }
+
+
+# The key ``compression`` #
+
+
+@pytest.mark.parametrize(
+    ("value", "settings"), [("auto", {}), ({"auto": {"step_seconds": 0.5}}, {"step_seconds": 0.5})]
+)
+def test_compression_is_short_for_a_section(value, settings):
+    assert as_section({**BATCH, "compression": value}) == {
+        **BATCH,
+        "collectives": {"name": "compressed", "auto": settings},
+    }
+
+
+def test_no_compression_is_nothing():
+    assert as_section({**BATCH, "compression": None}) == BATCH
+    assert as_section(BATCH) == BATCH
+
+
+@pytest.mark.parametrize("value", [True, "int4", {}, {"auto": {}, "block": 64}, {"auto": "yes"}])
+def test_other_values_of_compression_are_named(value):
+    with pytest.raises(ValueError, match="compression must be 'auto', or an object"):
+        as_section({"compression": value})
+
+
+def test_compression_besides_other_codes_is_refused():
+    raw = {**BATCH, "compression": "auto", "zero_optimization": {"zero_quantized_gradients": True}}
+    with pytest.raises(ValueError, match=r"compression = 'auto' and collectives = .* both say how ranks communicate"):
+        parse(raw, 1, lambda group, name: load_any())

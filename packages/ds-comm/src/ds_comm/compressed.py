@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -17,6 +17,19 @@ if TYPE_CHECKING:
     from ds_core.protocols import Collectives, Handle
 
     from .codec import Codec
+
+
+class Reduction(Protocol):
+    """How gradients are reduced."""
+
+    def start(self, out: Tensor, full: Tensor, key: int) -> Handle:
+        """Sum slice ``rank`` of every rank's ``full`` into ``out``."""
+
+    def state(self) -> Mapping[int, Tensor]:
+        """As :meth:`CompressedCollectives.state`."""
+
+    def load_state(self, state: Mapping[int, Tensor]) -> None:
+        """As :meth:`CompressedCollectives.load_state`."""
 
 
 class Account(NamedTuple):
@@ -40,6 +53,7 @@ class CompressedCollectives:
         error_beta: Decay of errors; see [Note: Averaged errors].
         error_reset: Reductions of a buffer after which its errors are dropped; None: never.
         differences: Whether ``weights`` codes what has changed; see [Note: Weight differences].
+        reduction_by: In place of ``gradients``: makes what reduces them, and counts its bytes.
 
     Example:
         >>> from .codecs import BlockCodec
@@ -63,16 +77,20 @@ class CompressedCollectives:
         error_beta: float = 0.0,
         error_reset: int | None = None,
         differences: bool = False,
+        reduction_by: Callable[[Traffic], Reduction] | None = None,
     ) -> None:
         self.rank = inner.rank
         self.size = inner.size
         self._inner = inner
         self._accounts: defaultdict[str, Account] = defaultdict(lambda: Account(Traffic(), Traffic()))
-        self._gather = self._reduction = None
+        self._gather: CodedGather | None = None
+        self._reduction: Reduction | None = None
         if weights is not None and inner.size > 1:
             self._gather = CodedGather(inner, weights, differences=differences)
-        if gradients is not None and inner.size > 1:
-            wire = self._accounts["reduce_scatter"].wire
+        wire = self._accounts["reduce_scatter"].wire
+        if reduction_by is not None and inner.size > 1:
+            self._reduction = reduction_by(wire)
+        elif gradients is not None and inner.size > 1:
             feedback = Feedback(error_beta, error_reset) if error_feedback else None
             self._reduction = CodedReduction(inner, gradients, wire, feedback=feedback)
 
@@ -129,7 +147,7 @@ class CompressedCollectives:
 
     def state(self) -> dict[int, Tensor]:
         """Return by key this rank's slice (1D, float32) of the sum of all ranks' errors. All ranks call it."""
-        return {} if self._reduction is None else self._reduction.state()
+        return {} if self._reduction is None else dict(self._reduction.state())
 
     def load_state(self, state: Mapping[int, Tensor]) -> None:
         """Replace all errors by what :meth:`state` gave, on any number of ranks: this rank's slice of each sum.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -9,6 +10,7 @@ import torch
 
 from .codecs import BlockCodec, CastCodec, Fp8Codec, HadamardCodec
 from .coded.reduction import check_feedback
+from .planning import CODES, EXACT
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -18,6 +20,32 @@ if TYPE_CHECKING:
 _BLOCK_CODES = ("int8", "int4", "ternary")
 _CASTS = {"bf16": torch.bfloat16, "fp16": torch.float16}
 _ROTATION = 64
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class AutoConfig:
+    """What codes of gradients are chosen for; see [Note: Codes by measured links].
+
+    Example:
+        >>> AutoConfig(step_seconds=0.5).max_error
+        0.5
+    """
+
+    step_seconds: float | None = None
+    """Seconds that an optimizer step may take; None: a tenth more than without communication."""
+
+    compute_seconds: float | None = None
+    """Seconds of an optimizer step without the exchange of gradients; None: measured in the first steps."""
+
+    max_error: float = 0.5
+    """Largest part of a buffer's squares that its code may lose."""
+
+    def __post_init__(self) -> None:
+        for name, seconds in (("step_seconds", self.step_seconds), ("compute_seconds", self.compute_seconds)):
+            if seconds is not None and not 0 < seconds < math.inf:
+                raise ValueError(f"{name} must be positive and finite, or null; got {seconds!r}")
+        if not 0 <= self.max_error <= 1:
+            raise ValueError(f"max_error must be within 0 ... 1, a part of the squares; got {self.max_error!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -37,6 +65,9 @@ class CompressionConfig:
 
     gradients: str | None = None
     """Code of reduced gradients; None: exact."""
+
+    auto: AutoConfig | None = None
+    """Choose codes of gradients by measured links, in place of ``gradients``; None: do not."""
 
     block: int = 256
     """Elements that share a scale: a multiple of 64 in 64 ... 1024."""
@@ -73,6 +104,8 @@ class CompressionConfig:
             )
         if self.weight_differences and self.weights is None:
             raise ValueError("weight_differences = True says how weights are coded, but weights = None; set weights")
+        if self.auto is not None and self.gradients is not None:
+            raise ValueError(f"auto chooses codes of gradients, but gradients = {self.gradients!r}; keep one of them")
         if self.hadamard and self.gradients not in (*_BLOCK_CODES, "fp8"):
             raise ValueError(f"hadamard = True is of no use with gradients = {self.gradients!r}; set a code in blocks")
 
@@ -86,6 +119,10 @@ class CompressionConfig:
             return None
         codec = self._codec(self.gradients, kernels)
         return HadamardCodec(inner=codec, size=_ROTATION) if self.hadamard else codec
+
+    def codecs_to_choose_from(self, kernels: KernelBackend | None) -> dict[str, Codec]:
+        """Return by name what ``auto`` chooses from, beside exact numbers."""
+        return {code: self._codec(code, kernels) for code in CODES if code != EXACT}
 
     def _codec(self, code: str, kernels: KernelBackend | None) -> Codec:
         if code in _CASTS:

@@ -3,10 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from typing import NamedTuple
+
+SIZES = tuple(1 << power for power in range(6, 27, 2))
+"""Bytes that a rank sends, 64 B to 64 MiB."""
+ROUNDS = 5
+"""Calls of each size that are timed."""
+_SETTLING = 2  # calls before the first is timed
 
 
 class Sample(NamedTuple):
@@ -90,6 +98,39 @@ class Links:
             ]
             lines.append(f"| {' | '.join([axis.name, str(axis.ranks), *costs])} |")
         return "\n".join(lines)
+
+
+def measure(
+    call: Callable[[int], object],
+    slowest: Callable[[float], float],
+    *,
+    sizes: Sequence[int] = SIZES,
+    limit: float = 0.1,
+    rounds: int = ROUNDS,
+) -> tuple[Sample, ...]:
+    """Time ``call`` in growing sizes. All ranks call it.
+
+    Args:
+        call: Sends so many bytes, and returns when as many have arrived.
+        slowest: Returns the largest of all ranks' numbers.
+        sizes: Bytes, ascending; at least two are measured.
+        limit: Seconds of a call after which sizes grow no further.
+        rounds: Calls of each size.
+    """
+    samples: list[Sample] = []
+    for nbytes in sizes:
+        times = []
+        for turn in range(_SETTLING + rounds):
+            slowest(0.0)  # all begin together
+            start = time.perf_counter()
+            call(nbytes)
+            took = slowest(time.perf_counter() - start)
+            if turn >= _SETTLING:
+                times.append(took)
+        samples.append(Sample(nbytes, statistics.median(times)))
+        if len(samples) > 1 and samples[-1].seconds > limit:
+            break
+    return tuple(samples)
 
 
 def fit(samples: Sequence[Sample]) -> LinkCost:

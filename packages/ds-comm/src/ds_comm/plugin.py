@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from .compressed import CompressedCollectives
 from .config import CompressionConfig
+from .link_aware import LinkAwareCompression
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -48,8 +49,12 @@ class _Plugin:
     role_version = 1
     config_type = CompressionConfig
 
-    def build(self, config: CompressionConfig, context: BuildContext) -> Compression:
+    def build(self, config: CompressionConfig, context: BuildContext) -> Compression | LinkAwareCompression:
         """Return codes with the kernels of ``context``."""
+        if config.auto is not None:
+            return LinkAwareCompression(
+                config, context.kernels, device=context.device, accumulation=context.accumulation
+            )
         return Compression(config, context.kernels)
 
 

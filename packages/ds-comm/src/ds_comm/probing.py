@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 
 import torch
@@ -26,46 +24,8 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from .backends import register_backends
-from .links import AxisLinks, Links, Sample, fit
+from .links import ROUNDS, AxisLinks, Links, Sample, fit, measure
 from .spawning import on_this_host
-
-SIZES = tuple(1 << power for power in range(6, 27, 2))
-"""Bytes that a rank sends, 64 B to 64 MiB."""
-_ROUNDS = 5
-_SETTLING = 2  # calls before the first is timed
-
-
-def measure(
-    call: Callable[[int], object],
-    slowest: Callable[[float], float],
-    *,
-    sizes: Sequence[int] = SIZES,
-    limit: float = 0.1,
-    rounds: int = _ROUNDS,
-) -> tuple[Sample, ...]:
-    """Time ``call`` in growing sizes. All ranks call it.
-
-    Args:
-        call: Sends so many bytes, and returns when as many have arrived.
-        slowest: Returns the largest of all ranks' numbers.
-        sizes: Bytes, ascending; at least two are measured.
-        limit: Seconds of a call after which sizes grow no further.
-        rounds: Calls of each size.
-    """
-    samples: list[Sample] = []
-    for nbytes in sizes:
-        times = []
-        for turn in range(_SETTLING + rounds):
-            slowest(0.0)  # all begin together
-            start = time.perf_counter()
-            call(nbytes)
-            took = slowest(time.perf_counter() - start)
-            if turn >= _SETTLING:
-                times.append(took)
-        samples.append(Sample(nbytes, statistics.median(times)))
-        if len(samples) > 1 and samples[-1].seconds > limit:
-            break
-    return tuple(samples)
 
 
 def measure_axes(
@@ -74,7 +34,7 @@ def measure_axes(
     node_size: int | None = None,
     device: torch.device | None = None,
     limit: float = 0.1,
-    rounds: int = _ROUNDS,
+    rounds: int = ROUNDS,
 ) -> Links:
     """Measure; see :func:`ds_comm.probe`."""
     rank, size = dist.get_rank(group), dist.get_world_size(group)
@@ -218,7 +178,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ds_comm.
     parser.add_argument("--backend", default="gloo", help="of torch.distributed, or ds_shm")
     parser.add_argument("--node-size", type=int, help="ranks of a node; by default those with one name of a host")
     parser.add_argument("--limit", type=float, default=0.1, help="seconds of a message, above which none is larger")
-    parser.add_argument("--rounds", type=int, default=_ROUNDS)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args(arguments)
     if dist.is_torchelastic_launched():
         _join(options)

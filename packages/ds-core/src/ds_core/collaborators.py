@@ -107,6 +107,7 @@ def make_context(settings: Config, group: dist.ProcessGroup | None, device: torc
         group=group,
         gradient_dtype=_DTYPES[settings.data_types.grad_accum_dtype],
         keep_fp32=settings.data_types.keep_in_fp32_modules,
+        accumulation=settings.gradient_accumulation_steps,
     )
     with_kernels = replace(bare, kernels=_kernels(settings.kernels.backend, bare))
     return replace(

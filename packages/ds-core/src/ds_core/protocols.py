@@ -82,6 +82,8 @@ class BuildContext:
     """Data type in which summed gradients are kept until the step."""
     keep_fp32: tuple[str, ...] = ()
     """Classes, or parts of qualified names, of modules that stay in float32 under a lower ``compute_dtype``."""
+    accumulation: int = 1
+    """Micro-batches of an optimizer step on one rank."""
 
 
 # Communication #

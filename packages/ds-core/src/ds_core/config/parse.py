@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import auto, batch, choices, rules
 from .check import unknown_key, validated
+from .compression import as_section
 from .quantized import as_collectives
 from .sections import BATCH_KEYS, OWNED, ROLE_GROUPS, SELECTING, ZERO, Config
 from .show import effective, value_at
@@ -46,7 +47,7 @@ def parse(
         >>> parse({"train_batch_size": 16, "bf16": {"enabled": True}}, 4, load).train_micro_batch_size_per_gpu
         4
     """
-    kept, no_effect = strip(as_collectives(_modernized(raw)))
+    kept, no_effect = strip(as_section(as_collectives(_modernized(raw))))
     if client_optimizer and kept.pop("optimizer", None) is not None:
         no_effect["optimizer"] = "the caller passes an optimizer, which wins"
     resolved = auto.resolve(kept)
