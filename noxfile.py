@@ -161,6 +161,8 @@ def bench(session: nox.Session) -> None:
         "codecs": ["packages/ds-kernels/benchmarks/block_codecs.py"],
         "loss": ["packages/ds-kernels/benchmarks/linear_cross_entropy.py"],
         "optimizers": ["packages/ds-kernels/benchmarks/optimizers.py"],
+        "pipeline": ["-m", "benchmarks.pipeline"],
+        "overhead": ["packages/ds-pipe/benchmarks/overhead.py"],
         "pointwise": ["packages/ds-kernels/benchmarks/pointwise.py"],
         "state": ["-m", "benchmarks.optimizer_state"],
         "large": ["-m", "benchmarks.large"],
