@@ -6,8 +6,8 @@
     python -m benchmarks.pipeline --rate 100mbit --dim 1024 --parts 1 1 1 1 --contenders 1f1b zb_v DDP
 
 All contenders live in the same two processes, one thread each, and take turns, in random order; a sample is one step
-between two barriers, the optimizer's (SGD) included. *floor*: both ranks train the whole model on half of the
-micro-batches each, at once, and wait for nobody. Greedy schedules are made for what was measured beforehand.
+between two barriers, the optimizer's (SGD) included. *floor*: each rank trains half of the layers on
+given inputs, both at once, and waits for nobody. Greedy schedules are made for what was measured beforehand.
 """
 
 from __future__ import annotations

@@ -64,11 +64,13 @@ def _sample(contender: Contender) -> tuple[float, float]:
     start = time.perf_counter()
     contender.step()
     dist.barrier()
-    return time.perf_counter() - start, _busy(contender) - before
+    seconds = time.perf_counter() - start
+    return seconds, _busy(contender) - before
 
 
 def _busy(contender: Contender) -> float:
-    return sum(sum(times) for times in contender.timers.values()) if contender.timers else 0.0
+    """Return seconds of computing so far."""
+    return sum(sum(times) for (name, _), times in (contender.timers or {}).items() if name != "run")
 
 
 def _reset(contender: Contender) -> None:
@@ -88,9 +90,14 @@ def _row(
     row: dict[str, Any] = {"seconds": [seconds for seconds, _ in samples]}
     if contender.schedule is None:
         return row
-    busy: list[Any] = [None] * RANKS
-    dist.all_gather_object(busy, [each for _, each in samples])
-    measured = [1 - sum(pair) / (RANKS * s) for s, *pair in zip(row["seconds"], *busy, strict=True)]
+    assert contender.timers is not None
+    both: list[Any] = [None] * RANKS
+    dist.all_gather_object(both, ([each for _, each in samples], contender.timers["run", -1]))
+    (busy, runs), (busy2, runs2) = both
+    measured = [
+        1 - (one + other) / (RANKS * max(run, run2))
+        for one, other, run, run2 in zip(busy, busy2, runs, runs2, strict=True)
+    ]
     timeline = simulate(contender.schedule, _costs(contender, work, link))
     return row | {
         "measured bubble": statistics.median(measured),
