@@ -165,6 +165,7 @@ def bench(session: nox.Session) -> None:
         "overhead": ["packages/ds-pipe/benchmarks/overhead.py"],
         "pointwise": ["packages/ds-kernels/benchmarks/pointwise.py"],
         "state": ["-m", "benchmarks.optimizer_state"],
+        "convergence": ["-m", "benchmarks.convergence"],
         "large": ["-m", "benchmarks.large"],
         "slow-link": ["benchmarks/slow_link.py"],
     }
