@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import ds_core
 import pytest
 import torch
-from ds_pipe import LayerSpec, PipelineModule
+from ds_pipe import LayerSpec, PipelineModule, TiedLayerSpec
 from ds_testkit import Rank, RankPool
 from ds_testkit.state import Exported, State, assembled, assert_same_bits, exported
 from torch import Tensor, nn
@@ -77,13 +77,17 @@ def loss_of(logits: Tensor, targets: Tensor) -> Tensor:
     return functional.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
 
-def described(dropout: float = 0.0) -> PipelineModule:
-    specs = [
-        LayerSpec(nn.Embedding, VOCABULARY, WIDTH),
-        *(LayerSpec(Block, dropout) for _ in range(6)),
-        LayerSpec(nn.Linear, WIDTH, VOCABULARY),
-    ]
-    return PipelineModule(specs, loss_fn=loss_of)
+def logits_of(embedding: nn.Embedding, hidden: Tensor) -> Tensor:
+    return functional.linear(hidden, embedding.weight)
+
+
+def described(dropout: float = 0.0, *, tied: bool = False) -> PipelineModule:
+    first: Any = LayerSpec(nn.Embedding, VOCABULARY, WIDTH)
+    last: Any = LayerSpec(nn.Linear, WIDTH, VOCABULARY)
+    if tied:
+        first = TiedLayerSpec("words", nn.Embedding, VOCABULARY, WIDTH)
+        last = TiedLayerSpec("words", nn.Embedding, VOCABULARY, WIDTH, forward_fn=logits_of)
+    return PipelineModule([first, *(LayerSpec(Block, dropout) for _ in range(6)), last], loss_fn=loss_of)
 
 
 class Setting(NamedTuple):
@@ -96,6 +100,7 @@ class Setting(NamedTuple):
     dropout: float = 0.0
     optimizer: str = "AdamW"
     micro_batches: int = 4  # of a step, over all pipelines
+    tied: bool = False  # whether the head has the embedding's weight
 
     def config(self) -> dict[str, Any]:
         return {
@@ -117,7 +122,7 @@ class Outcome(NamedTuple):
 
 def train_whole(rank: Rank, setting: Setting) -> Outcome:
     """The same layers as one module, without ds-pipe's engine."""
-    model = described().build(0, 8)
+    model = described(tied=setting.tied).build(0, 8)
     engine, _, loader, _ = ds_core.initialize(
         model, config=setting.config(), training_data=Sequences(), group=rank.group
     )
@@ -138,7 +143,7 @@ def train(
 ) -> Outcome:
     config = {**setting.config(), "pipeline": {"stages": setting.ranks, "schedule": setting.schedule}}
     engine, *_ = ds_core.initialize(
-        described(setting.dropout), config=config, training_data=Sequences(), group=rank.group
+        described(setting.dropout, tied=setting.tied), config=config, training_data=Sequences(), group=rank.group
     )
     if load is not None:
         engine.load_checkpoint(load)
@@ -172,6 +177,17 @@ def test_bits_are_those_of_the_model_in_one_process(ranks: Pools, stage: int, sc
         for outcome in got:
             assert outcome.norms == want[0].norms
             assert outcome.losses == pytest.approx(means(want[0].losses, setting.micro_batches), rel=1e-6)
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1", "zb_v"])
+@pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
+def test_a_weight_that_two_stages_use(ranks: Pools, stage: int, precision: str, schedule: str) -> None:
+    want = ranks.run(train_whole, Setting(tied=True, precision=precision), size=1)
+    for pipeline, data in ((2, 1), (2, 2), (4, 1)):
+        setting = Setting(stage=stage, ranks=pipeline, schedule=schedule, tied=True, precision=precision)
+        got = ranks.run(train, setting, size=pipeline * data)
+        assert_same_bits(whole(got), whole(want))
+        assert all(outcome.norms == want[0].norms for outcome in got)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
@@ -276,3 +292,20 @@ def test_evaluation_weights_and_access(ranks: Pools, tmp_path: Path) -> None:
     assert [one.group_rates for one in found] == [found[0].group_rates] * 4
     # those in the middle of a longer pipeline would not read data
     assert all("a step takes 2 micro-batches on each pipeline; the data ended after 0" in one.refused for one in found)
+
+
+def train_coded(rank: Rank, coded: bool) -> list[float]:
+    setting = Setting(stage=1, ranks=2)
+    config = {**setting.config(), "pipeline": {"stages": 2}}
+    if coded:
+        config["zero_optimization"] = {"stage": 1, "zero_quantized_gradients": True}
+    engine, *_ = ds_core.initialize(described(), config=config, training_data=Sequences(), group=rank.group)
+    return [engine.train_batch().item() for _ in range(20)]
+
+
+def test_compressed_gradients_on_the_data_axis(ranks: Pools) -> None:
+    exact = ranks.run(train_coded, False, size=4)[0]
+    coded = ranks.run(train_coded, True, size=4)
+    assert coded[0] != exact
+    assert all(losses == coded[0] for losses in coded)
+    assert abs(coded[0][-1] - exact[-1]) < 0.1 < exact[0] - exact[-1]

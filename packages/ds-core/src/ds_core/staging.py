@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -88,7 +89,7 @@ def shard_stages(
         num_ranks=axes.num_pipe_ranks,
         num_micro_batches=settings.gradient_accumulation_steps,
     )
-    partitioner = make_partitioner(settings, context)
+    partitioner = make_partitioner(settings, replace(context, partial=True))
     sharded: dict[int, Sharded] = {}
     for stage, module in stages.modules.items():
         module.to(context.device)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
+from itertools import pairwise
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -34,7 +35,7 @@ class Step(NamedTuple):
     borrowed: Sequence[Borrowed]
 
 
-class Part(nn.Module):
+class Part(nn.Sequential):
     """The layers of one stage, made by ``PipelineModule.build``.
 
     Maps what the stage before hands on to what this one hands on; the first one, the micro-batch. A part that borrows
@@ -132,12 +133,11 @@ def _lending(borrowed: Borrowed, tensor: Tensor) -> Iterator[None]:
 
 
 def _attach(root: nn.Module, path: Sequence[str], module: nn.Module) -> None:
-    """Put ``module`` where its qualified name says, with empty modules on the way."""
-    *outer, last = path
-    for name in outer:
+    """Put ``module`` where its qualified name says, with containers on the way: whoever looks for blocks sees them."""
+    for name, following in pairwise(path):
         inner = root._modules.get(name)
         if inner is None:
-            inner = nn.Module()
+            inner = nn.ModuleList() if following.isdigit() else nn.ModuleDict()
             root.add_module(name, inner)
         root = inner
-    root.add_module(last, module)
+    root.add_module(path[-1], module)

@@ -17,14 +17,15 @@ from .model import PipelineModule
 from .part import Part
 from .pipeline import Pipeline
 from .schedule import Schedule
+from .skips import Skip
 from .validate import validate
 
 if TYPE_CHECKING:
     from ds_core.pipeline_protocols import MicroBatches, StageParameters
     from ds_core.protocols import BuildContext
 
-MakeSchedule = Callable[[int, int], Schedule]
-"""Returns a schedule for a number of ranks and of micro-batches."""
+MakeSchedule = Callable[[int, int, Sequence[Skip]], Schedule]
+"""Returns a schedule for a number of ranks, of micro-batches, and what goes past stages: the model's tied weights."""
 
 
 class StagePipeline:
@@ -63,6 +64,7 @@ class Cut:
         schedule: Whole.
         parts: The stages of this rank.
         loss: Maps the last stage's output and a target to a number.
+        lent: By name of each tied weight that another stage borrows, the stage of this rank and its name there.
         timeout: How long a message may take.
     """
 
@@ -71,6 +73,8 @@ class Cut:
         schedule: Schedule,
         parts: Mapping[int, Part],
         loss: Callable[[Any, Any], Tensor] | None,
+        *,
+        lent: Mapping[str, tuple[int, str]],
         timeout: timedelta,
     ) -> None:
         self.modules = parts
@@ -78,12 +82,22 @@ class Cut:
         self.has_last = schedule.num_stages - 1 in parts
         self._schedule = schedule
         self._loss = loss
+        self._lent = lent
         self._timeout = timeout
 
     def connect(self, group: dist.ProcessGroup | None, parameters: StageParameters, *, seed: int) -> StagePipeline:
         """Return the pipeline over the ranks of ``group``."""
+        lends = {name: self.modules[stage].get_parameter(weight) for name, (stage, weight) in self._lent.items()}
         training, evaluation = (
-            Pipeline(schedule, self.modules, group, loss=self._loss, parameters=parameters, timeout=self._timeout)
+            Pipeline(
+                schedule,
+                self.modules,
+                group,
+                loss=self._loss,
+                parameters=parameters,
+                lends=lends,
+                timeout=self._timeout,
+            )
             for schedule in (self._schedule, evaluation_of(self._schedule))
         )
         return StagePipeline(training, evaluation, self.modules, seed)
@@ -110,16 +124,36 @@ class PipeBuilder:
         """
         if model.loss_fn is None:
             raise ValueError("a pipeline is trained with the loss of its model: PipelineModule(..., loss_fn=...)")
-        schedule = self._make(num_ranks, num_micro_batches)
+        bounds = model.bounds(self._make(num_ranks, num_micro_batches, ()).num_stages)
+        loans = model.loans(bounds)
+        skips = [Skip(loan.source, loan.target, loan.skip, constant=True) for loan in loans]
+        schedule = self._make(num_ranks, num_micro_batches, skips)
         validate(schedule)
-        if (schedule.num_ranks, schedule.num_micro_batches) != (num_ranks, num_micro_batches):
-            raise ValueError(
-                f"the schedule {schedule.name!r} is for {schedule.num_ranks} ranks and {schedule.num_micro_batches} "
-                f"micro-batches; a step has {num_ranks} and {num_micro_batches} (gradient_accumulation_steps)"
+        _check(schedule, num_ranks, num_micro_batches, skips)
+        parts = {
+            stage: model.build(
+                bounds[stage],
+                bounds[stage + 1],
+                borrows={loan.key: loan.skip for loan in loans if loan.target == stage},
             )
-        bounds = model.bounds(schedule.num_stages)
-        parts = {stage: model.build(bounds[stage], bounds[stage + 1]) for stage in schedule.stages_of(rank)}
-        return Cut(schedule, parts, model.loss_fn, self._timeout)
+            for stage in schedule.stages_of(rank)
+        }
+        lent = {loan.skip: (loan.source, loan.weight) for loan in loans if loan.source in parts}
+        return Cut(schedule, parts, model.loss_fn, lent=lent, timeout=self._timeout)
+
+
+def _check(schedule: Schedule, num_ranks: int, num_micro_batches: int, skips: Sequence[Skip]) -> None:
+    """Refuse a schedule that is not for this run."""
+    if (schedule.num_ranks, schedule.num_micro_batches) != (num_ranks, num_micro_batches):
+        raise ValueError(
+            f"the schedule {schedule.name!r} is for {schedule.num_ranks} ranks and {schedule.num_micro_batches} "
+            f"micro-batches; a step has {num_ranks} and {num_micro_batches} (gradient_accumulation_steps)"
+        )
+    if set(schedule.skips) != set(skips):
+        raise ValueError(
+            f"the model's tied weights need the skips {[*skips]}; the schedule {schedule.name!r} has "
+            f"{[*schedule.skips]}"
+        )
 
 
 class PipePlugin:
@@ -128,12 +162,13 @@ class PipePlugin:
     Whoever has schedules of their own offers an entry point of that group that names such an object.
 
     Args:
-        make: Makes a schedule for a number of ranks and of micro-batches; None: as the configuration says.
+        make: See ``MakeSchedule``; None: as the configuration says.
 
     Example:
         >>> from .build import make_schedule
-        >>> plugin = PipePlugin(lambda ranks, count: make_schedule("gpipe", num_ranks=ranks, num_micro_batches=count))
-        >>> plugin.role_version
+        >>> def gpipe(ranks, count, skips):
+        ...     return make_schedule("gpipe", num_ranks=ranks, num_micro_batches=count, skips=skips)
+        >>> PipePlugin(gpipe).role_version
         1
     """
 
@@ -152,9 +187,13 @@ class PipePlugin:
 def _configured(config: PipeConfig) -> MakeSchedule:
     if config.schedule_file is not None:
         path = Path(config.schedule_file)
-        return lambda _num_ranks, _num_micro_batches: Schedule.parse(path.read_text())
-    return lambda num_ranks, num_micro_batches: make_schedule(
-        config.schedule, num_ranks=num_ranks, num_micro_batches=num_micro_batches, num_chunks=config.chunks
+        return lambda _num_ranks, _num_micro_batches, _skips: Schedule.parse(path.read_text())
+    return lambda num_ranks, num_micro_batches, skips: make_schedule(
+        config.schedule,
+        num_ranks=num_ranks,
+        num_micro_batches=num_micro_batches,
+        num_chunks=config.chunks,
+        skips=skips,
     )
 
 

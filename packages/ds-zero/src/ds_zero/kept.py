@@ -37,7 +37,7 @@ def compute_dtypes(model: nn.Module, precision: Precision) -> dict[nn.Parameter,
     dtypes = {param: compute if param.is_floating_point() else param.dtype for param in model.parameters()}
     if not precision.keep_fp32 or compute == torch.float32:
         return dtypes
-    kept = list(_outermost(model, precision.keep_fp32))
+    kept = list(outermost(model, precision.keep_fp32))
     if not kept:
         present = sorted({type(module).__name__ for module in model.modules()})
         raise ValueError(f"keep_fp32 {list(precision.keep_fp32)} match no module; classes present: {present}")
@@ -62,7 +62,7 @@ def compute_dtypes(model: nn.Module, precision: Precision) -> dict[nn.Parameter,
     return dtypes
 
 
-def _outermost(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+def outermost(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
     """Yield the modules that ``names`` match and that lie in no other such module."""
     inner: set[nn.Module] = set()
     for path, module in model.named_modules():

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import nn
 
 from .api import Parts, shard
 from .config import Precision, ZeroConfig
+from .kept import outermost
 from .kernels import kernels_of
 from .sharded import Sharded
 from .update import torch_update
@@ -25,18 +27,20 @@ class ZeroPartitioner:
 
     def shard(self, model: nn.Module, maker: OptimizerMaker | None, groups: ParamGroups) -> Sharded:
         """Partition ``model`` in place; see :func:`ds_zero.shard`."""
-        context = self._context
+        context, config, keep_fp32 = self._context, self._config, self._context.keep_fp32
+        if context.partial:
+            here = {type(module).__name__ for module in model.modules()}
+            config = replace(config, unit_classes=tuple(name for name in config.unit_classes if name in here))
+            keep_fp32 = tuple(name for name in keep_fp32 if any(outermost(model, [name])))
         kernels = None if context.kernels is None else kernels_of(context.kernels, context.device)
         update = torch_update if maker is None or maker.update is None else maker.update
         return shard(
             model,
             None if maker is None else maker.make,
-            config=self._config,
+            config=config,
             group=context.group,
             param_groups=groups,
-            precision=Precision(
-                compute=context.compute_dtype, gradient=context.gradient_dtype, keep_fp32=context.keep_fp32
-            ),
+            precision=Precision(compute=context.compute_dtype, gradient=context.gradient_dtype, keep_fp32=keep_fp32),
             parts=Parts(update=update, kernels=kernels, compression=context.compression),
             device=context.device,
         )
