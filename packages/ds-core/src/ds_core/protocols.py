@@ -82,13 +82,10 @@ class BuildContext:
     """Data type in which summed gradients are kept until the step."""
     keep_fp32: tuple[str, ...] = ()
     """Classes, or parts of qualified names, of modules that stay in float32 under a lower ``compute_dtype``."""
-<<<<<<< HEAD
     accumulation: int = 1
     """Micro-batches of an optimizer step on one rank."""
-=======
     partial: bool = False
     """Whether models are stages of a larger one: modules that settings name may be in another stage."""
->>>>>>> 44c6ed7 (ds-core, ds-pipe: tied weights and settings that name other stages' modules)
 
 
 # Communication #
