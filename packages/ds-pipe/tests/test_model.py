@@ -226,7 +226,7 @@ def test_a_sequential() -> None:
     last = made.build(2, 4, borrows={"a.weight": "w", "a.bias": "b"})
     assert not [*last.parameters()]
     assert torch.equal(last(made.build(0, 2)(given), skips={"w": shared.weight, "b": shared.bias}), plain(given))
-    with pytest.raises(ValueError, match=r"the part borrows the weights \['b', 'w'\]; got \['w'\] as skips"):
+    with pytest.raises(ValueError, match=r"the part takes the skips \['b', 'w'\]; got \['w'\]"):
         last(given, skips={"w": shared.weight})
     assert made.loans([0, 2, 4])[0] == (0, 1, "a.weight", "a.weight@1", "a.weight")
     assert shared.weight is not None

@@ -15,6 +15,7 @@ from ds_pipe import (
     simulate,
     validate,
 )
+from ds_pipe.build import evaluation_of, with_skips
 from ds_pipe.instruction import Instruction, Op, receive, send
 from ds_pipe.skips import Skip
 from ds_pipe.validate import Reason
@@ -119,6 +120,16 @@ def test_the_time_of_a_skip() -> None:
         costs = Costs(message_bytes=3 * (0.0,), skip_bytes={"far": nbytes}, bytes_per_second=1.0, **base)
         schedule = make_schedule("gpipe", num_ranks=3, num_micro_batches=1, skips=[Skip(0, 2, "far")])
         assert simulate(schedule, costs).seconds == pytest.approx(want)
+
+
+@settings(max_examples=20, deadline=None)
+@given(made=pipelines())
+def test_skips_taken_from_a_schedule_and_put_back(made: tuple[Schedule, Costs]) -> None:
+    schedule, costs = made
+    without = with_skips(schedule, [], costs=costs)
+    assert not any(value.name for row in without.rows for one in row for value in one.writes)
+    assert with_skips(without, schedule.skips, costs=costs) == schedule
+    assert evaluation_of(schedule).skips == schedule.skips
 
 
 # Refused #

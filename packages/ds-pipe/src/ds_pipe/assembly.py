@@ -50,7 +50,8 @@ def assemble(
             made[layer.uses] = _without(modules, [*borrowed])
         modules = made[layer.uses]
         held = [Borrowed(skip, *_place(modules, name)) for name, skip in borrowed.items()]
-        steps.append(Step(index, layer.run, [*modules], {} if layer.uses in indices else modules, held))
+        foreign = {} if layer.uses in indices else modules
+        steps.append(Step(index, layer.run, [*modules], foreign, held, layer.stashes, layer.pops))
     own = {path: module for index, modules in made.items() if index in indices for path, module in modules.items()}
     _share(ties, indices, own)
     return Part(own, steps, interval)

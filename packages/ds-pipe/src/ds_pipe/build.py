@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from .costs import Costs
-from .instruction import Op
+from .instruction import COMPUTE, Op
 from .lower import lower
 from .orders import ORDERS, Slot, loop
 from .refine import best_order
@@ -121,5 +121,32 @@ def evaluation_of(schedule: Schedule) -> Schedule:
     costs = Costs.uniform(schedule.num_stages)
     name, count = f"{schedule.name}:forward_only", schedule.num_micro_batches
     made = lower(name, order, schedule.placement, count, costs, skips=schedule.skips)
+    validate(made)
+    return made
+
+
+def with_skips(
+    schedule: Schedule, skips: Iterable[tuple[int, int, str] | Skip], *, costs: Costs | None = None
+) -> Schedule:
+    """Return a schedule that computes in the order of ``schedule``, with other skips; validated.
+
+    Args:
+        schedule: A valid one; its messages, gathers and reductions are made anew.
+        skips: As for :func:`make_schedule`.
+        costs: As there.
+
+    Raises:
+        ValueError: Skips that no pipeline has.
+
+    Example:
+        >>> schedule = make_schedule("gpipe", num_ranks=2, num_micro_batches=1)
+        >>> print(with_skips(schedule, [(0, 1, "residual")]))
+        schedule gpipe placement 0,1 micro_batches 1 skips 0>1:residual
+        0: UNSHARD0 F0.0 SEND:x1.0>1 SEND:s1.0:residual>1 RECV:g0.0<1 RECV:t0.0:residual<1 B0.0 RESHARD0 REDUCE0 OPT
+        1: RECV:x1.0<0 RECV:s1.0:residual<0 UNSHARD1 F1.0 B1.0 SEND:g0.0>0 SEND:t0.0:residual>0 RESHARD1 REDUCE1 OPT
+    """
+    order = [[Slot(one.op, one.stage, one.micro_batch) for one in row if one.op in COMPUTE] for row in schedule.rows]
+    past, costs = checked(skips, schedule.num_stages), costs or Costs.uniform(schedule.num_stages)
+    made = lower(schedule.name, order, schedule.placement, schedule.num_micro_batches, costs, skips=past)
     validate(made)
     return made

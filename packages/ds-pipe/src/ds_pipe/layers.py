@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .stash import Pop, Stash
+
 Modules = Mapping[str, nn.Module]
 """By qualified name in the whole model."""
 
@@ -98,6 +100,8 @@ class Layer(NamedTuple):
     run: Callable[[Modules, Any], Any]
     uses: int  # the layer whose modules it runs; mostly itself
     ready: bool  # whether its modules are there before it is asked for them
+    stashes: str = ""  # the name under which it keeps its input
+    pops: str = ""  # the name of what it gets beside its input, as a pair
 
     def trained(self) -> int:
         """Return how many parameters are trained; makes nothing that takes memory where the class can do without."""
@@ -141,6 +145,10 @@ def layers_of(items: Sequence[Any], names: Sequence[str]) -> list[Layer]:
         elif isinstance(item, nn.Module):
             uses = modules.setdefault(item, index)
             found.append(of_module(item, names[uses], uses))
+        elif isinstance(item, Stash):
+            found.append(_of_function(_same, name, index)._replace(kind="Stash", stashes=item.name))
+        elif isinstance(item, Pop):
+            found.append(_of_function(_combining(item), name, index)._replace(kind="Pop", pops=item.name))
         elif callable(item):
             found.append(_of_function(item, name, index))
         else:
@@ -159,6 +167,15 @@ def _of_spec(spec: LayerSpec, name: str, uses: int, run: Callable[[Any, Any], An
 
 def _of_function(function: Callable[[Any], Any], name: str, index: int) -> Layer:
     return Layer(name, _called(function), dict, lambda modules, value: function(value), index, ready=True)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _combining(pop: Pop) -> Callable[[Any], Any]:
+    combine = pop.combine
+    return _same if combine is None else lambda pair: combine(*pair)
 
 
 def _runner(name: str, run: Callable[[Any, Any], Any] | None) -> Callable[[Modules, Any], Any]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .costs import Costs
+from .handing import Handed
 from .model import PipelineModule
 from .stage import Kept, Stage
 
@@ -47,11 +48,12 @@ def measure_costs(model: PipelineModule, sample: Any, target: Any = None, *, rep
     if repeats < 1:
         raise ValueError(f"repeats has to be at least 1; got {repeats}")
     tied: dict[str, nn.Parameter] = {}
+    stashed: dict[str, Any] = {}
     saved: set[int] = set()  # storages of ``value`` that a layer before has saved
     found = []
     value = sample
     for index in range(model.num_layers):
-        layer = _Layer(model, index, tied).to(_device(sample))
+        layer = _Layer(model, index, tied, stashed).to(_device(sample))
         loss = model.loss_fn if index == model.num_layers - 1 else None
         stage = Stage(layer, loss=loss, splits=True)
         targets = [target] if loss is not None else []
@@ -111,16 +113,26 @@ class _Found(NamedTuple):
 class _Layer(nn.Module):
     """One layer as a stage; tied weights of earlier layers are parameters here."""
 
-    def __init__(self, model: PipelineModule, index: int, tied: dict[str, nn.Parameter]) -> None:
+    def __init__(
+        self, model: PipelineModule, index: int, tied: dict[str, nn.Parameter], stashed: dict[str, Any]
+    ) -> None:
         super().__init__()
         keys = [key for key, tie in model.ties.items() if index in tie.layers]
+        self._stashed = stashed
+        self._pops = [skip.name for skip in model.skips([*range(model.num_layers + 1)]) if skip.target == index]
+        self._pops = [name for name in self._pops if name in stashed]
         self._borrowed = [key for key in keys if key in tied]
         self._weights = nn.ParameterList(tied[key] for key in self._borrowed)
         self.part = model.build(index, index + 1, borrows={key: key for key in self._borrowed})
         tied.update({key: self.part.get_parameter(model.ties[key].names[0]) for key in keys if key not in tied})
 
     def forward(self, value: Any) -> Any:
-        return self.part(value, skips=dict(zip(self._borrowed, self._weights, strict=True)))
+        weights = dict(zip(self._borrowed, self._weights, strict=True))
+        out = self.part(value, skips={**weights, **{name: self._stashed[name] for name in self._pops}})
+        if isinstance(out, Handed):
+            self._stashed.update(pytree.tree_map_only(Tensor, torch.detach, dict(out.skips)))
+            return out.out
+        return out
 
 
 def _timed(stage: Stage, value: Any, targets: Sequence[Any]) -> tuple[float, float, float]:

@@ -16,6 +16,8 @@ from .assembly import assemble
 from .keyed import kept_generators
 from .layers import Layer, Loan, Tie, layers_of, ties_of_modules, ties_of_specs
 from .partition import balanced, uniform
+from .skips import Skip, checked
+from .stash import pairs_of
 
 if TYPE_CHECKING:
     from .part import Part
@@ -30,8 +32,9 @@ class PipelineModule:
     every rank that describes the model.
 
     Args:
-        layers: One after the other, each a ``LayerSpec``, a ``TiedLayerSpec``, a module or a function. A layer gets
-            what the one before returns as one argument, also a tuple; the first one the micro-batch.
+        layers: One after the other, each a ``LayerSpec``, a ``TiedLayerSpec``, a module, a function, or a ``Stash`` or
+            ``Pop`` of what goes past layers. A layer gets what the one before returns as one argument, also a tuple;
+            the first one the micro-batch.
         num_stages: Stages on all ranks, for who builds them; None: they decide.
         loss_fn: Maps the last layer's output and a target to a number.
         partition_method: What stages have equally much of: ``uniform`` layers, ``parameters`` that are trained, or
@@ -78,6 +81,7 @@ class PipelineModule:
         self._method = partition_method
         self._interval = activation_checkpoint_interval
         self._base_seed = base_seed if seed_layers else None
+        self._stashes = [*pairs_of([layer.stashes for layer in made], [layer.pops for layer in made])]
         self._check()
 
     @classmethod
@@ -195,6 +199,24 @@ class PipelineModule:
             for target in sorted({*others} - {source}):
                 found.append(Loan(source, target, key, f"{key}@{target}", tie.names[0]))
         return sorted(found, key=lambda loan: loan.target)
+
+    def skips(self, bounds: Sequence[int]) -> tuple[Skip, ...]:
+        """Return what goes past stages: tied parameters, and what a ``Stash`` keeps for another stage.
+
+        Args:
+            bounds: As of :meth:`bounds`.
+
+        Example:
+            >>> from .stash import Pop, Stash
+            >>> model = PipelineModule([Stash("a"), nn.Linear(2, 2), nn.Tanh(), Pop("a", torch.add)])
+            >>> [str(skip) for skip in model.skips([0, 1, 4])]
+            ['0>1:a']
+        """
+        found = [Skip(loan.source, loan.target, loan.skip, constant=True) for loan in self.loans(bounds)]
+        for name, *layers in self._stashes:
+            source, target = (bisect_right(bounds, layer) - 1 for layer in layers)
+            found += [Skip(source, target, name)] if source != target else []
+        return checked(found, len(bounds) - 1)
 
     def build(self, first: int, last: int, *, borrows: Mapping[str, str] = MappingProxyType({})) -> Part:
         """Make the layers ``first`` to before ``last``; no memory is taken for the others.

@@ -10,9 +10,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from .deferred import recomputing
+from .handing import Handed
 from .keyed import Key, draw_from, kept_generators
 from .layers import Modules
 
@@ -33,13 +35,16 @@ class Step(NamedTuple):
     paths: Sequence[str]  # of its modules in the part, where they are looked up: whoever replaces one is heard
     foreign: Modules  # modules of another part; else none
     borrowed: Sequence[Borrowed]
+    stashes: str
+    pops: str
 
 
 class Part(nn.Sequential):
     """The layers of one stage, made by ``PipelineModule.build``.
 
     Maps what the stage before hands on to what this one hands on; the first one, the micro-batch. A part that borrows
-    weights is given them with each forward pass: ``part(value, skips={name: weight})``, for the ``loans`` to its stage.
+    weights is given them with each forward pass: ``part(value, skips={name: weight})``, for the ``loans`` to its stage;
+    so is one with a ``Pop`` whose ``Stash`` is in another part, and the part with that Stash returns ``Handed``.
 
     [Note: Recomputed layers]
     A group of layers that is recomputed keeps its input, and runs again when the backward pass needs what is within:
@@ -60,6 +65,7 @@ class Part(nn.Sequential):
         self._groups = [steps[start : start + size] for start in range(0, len(steps), size)]
         self._recomputes = interval > 0
         self._borrows = {borrowed.skip for step in steps for borrowed in step.borrowed}
+        self._takes = self._borrows | {step.pops for step in steps if step.pops} - {step.stashes for step in steps}
         self._key: Key | None = None
 
     @contextmanager
@@ -88,28 +94,32 @@ class Part(nn.Sequential):
         finally:
             self._key = before
 
-    def forward(self, value: Any, *, skips: Mapping[str, Tensor] = MappingProxyType({})) -> Any:
+    def forward(self, value: Any, *, skips: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """Run the layers on one value; see ``PipelineModule``.
 
         Raises:
-            ValueError: Other weights than those that are borrowed.
+            ValueError: Other skips than it takes.
         """
-        if skips.keys() != self._borrows:
-            raise ValueError(f"the part borrows the weights {sorted(self._borrows)}; got {sorted(skips)} as skips")
+        if skips.keys() != self._takes:
+            raise ValueError(f"the part takes the skips {sorted(self._takes)}; got {sorted(skips)}")
         key = self._key
         # views are no leaves: DeferredWeights leaves such weights alone, whose gradient has to leave with the input's
-        lent = {name: weight.view_as(weight) for name, weight in skips.items()}
+        lent = {name: skips[name].view_as(skips[name]) for name in self._borrows}
+        stashed = {name: skip for name, skip in skips.items() if name not in self._borrows}
         for group in self._groups:
             if self._recomputes and torch.is_grad_enabled():
-                value = checkpoint(
-                    self._run, group, value, key, lent,
+                value, stashed = checkpoint(
+                    self._run, group, value, key, lent, stashed,
                     use_reentrant=False, preserve_rng_state=key is None, context_fn=recomputing,
                 )  # fmt: skip
             else:
-                value = self._run(group, value, key, lent)
-        return value
+                value, stashed = self._run(group, value, key, lent, stashed)
+        return Handed(value, stashed) if stashed else value
 
-    def _run(self, steps: Sequence[Step], value: Any, key: Key | None, lent: Mapping[str, Tensor]) -> Any:
+    def _run(
+        self, steps: Sequence[Step], value: Any, key: Key | None, lent: Mapping[str, Tensor], stashed: Mapping[str, Any]
+    ) -> tuple[Any, dict[str, Any]]:
+        kept = dict(stashed)
         with nullcontext() if key is None else kept_generators():
             for step in steps:
                 if key is not None:
@@ -118,8 +128,10 @@ class Part(nn.Sequential):
                 with ExitStack() as stack:
                     for borrowed in step.borrowed:
                         stack.enter_context(_lending(borrowed, lent[borrowed.skip]))
-                    value = step.run(modules, value)
-        return value
+                    if step.stashes:
+                        kept[step.stashes] = pytree.tree_map_only(Tensor, lambda leaf: leaf.view_as(leaf), value)
+                    value = step.run(modules, (value, kept.pop(step.pops)) if step.pops else value)
+        return value, kept
 
 
 @contextmanager
