@@ -12,8 +12,10 @@ from ds_comm.codecs import BlockCodec, CastCodec
 from ds_comm.optim import Link
 from ds_comm.optim import OneBitAdam as PlainOneBitAdam
 from ds_comm.optim import OneBitLamb as PlainOneBitLamb
+from ds_comm.optim import ZeroOneAdam as PlainZeroOneAdam
 from ds_comm.sharded.one_bit_adam import OneBitAdam
 from ds_comm.sharded.one_bit_lamb import OneBitLamb
+from ds_comm.sharded.zero_one_adam import Intervals, ZeroOneAdam
 from ds_comm.traffic import Traffic
 from ds_testkit import Rank, RankPool
 from ds_testkit.state import Exported, State, assembled, exported
@@ -406,6 +408,48 @@ def test_lamb_takes_the_plain_loops_steps(ranks: RankPool, size: int, stage: int
         assert all(torch.equal(first, second) for (first, _), (second, _) in zip(found[0], other, strict=True))
 
 
+# 0/1 Adam #
+
+ROUNDS = Intervals(var_freeze_step=8, var_update_scaler=2, local_step_scaler=3, local_step_clipper=4)
+
+
+def zero_one_against_plain(rank: Rank, stage: int) -> list[tuple[int, Tensor, Tensor]]:
+    """Where in a round, and weights of both, after each step."""
+    codec = codec_of("ternary")
+    sharded = ds_zero.shard(
+        Form(),
+        lambda groups: ZeroOneAdam(groups, **HYPER, bias_correction=True, intervals=ROUNDS, codec=codec),
+        config=ds_zero.ZeroConfig(stage=stage),
+        group=rank.group,
+    )
+    layouts = [flat.layout for flat in sharded._flats]
+    start = {name: param.detach() for name, param in sharded.module.named_parameters()}
+    params = [nn.Parameter(flattened(layout, start)) for layout in layouts]
+    settings = {**ROUNDS._asdict(), "bias_correction": True, "codec": codec, "link": Link(group=rank.group)}
+    plain = [PlainZeroOneAdam([param], **HYPER, **settings) for param in params]
+    seen = []
+    for step in range(1, 29):
+        trained(sharded, rank, [step])
+        for block, (layout, param, optimizer) in enumerate(zip(layouts, params, plain, strict=True)):
+            param.grad = flattened(layout, _named(block, gradients_of(rank.rank, step)[block]))
+            optimizer.step()
+            for slot in layout.slots:
+                got = sharded.module.get_parameter(slot.name).detach().reshape(-1).clone()
+                within = sharded.optimizer.param_groups[0]["round_step"]
+                seen.append((within, got, param.detach()[slot.offset : slot.end].clone()))
+    return seen
+
+
+@pytest.mark.parametrize(("size", "stage"), [(1, 1), (2, 2), (4, 1)])
+def test_zero_one_adam_has_the_bits_of_the_plain_loop(ranks: RankPool, size: int, stage: int) -> None:
+    found = ranks.run(zero_one_against_plain, stage, size=size)
+    for seen in found:
+        assert [index for index, (_, got, want) in enumerate(seen) if not torch.equal(got, want)] == []
+    assert max(within for within, _, _ in found[0]) == 3, "rounds have several steps"
+    for (within, first, _), (_, last, _) in zip(found[0], found[-1], strict=True):
+        assert torch.equal(first, last) or within, "ranks agree between rounds"
+
+
 # By configuration #
 
 
@@ -438,6 +482,11 @@ def run_of(
         engine.backward(loss)
         engine.step()
         losses.append(loss.item())
+    if optimizer["type"] == "ZeroOneAdam":
+        if folder is not None and not first:
+            with pytest.raises(RuntimeError, match=r"call after 2 steps of a round: call synchronize\(\) of the opt"):
+                engine.save_checkpoint(folder)
+        made.synchronize()
     if folder is not None and not first:
         engine.save_checkpoint(folder)
         numbers = made.param_groups[0].get("scaling_coeff")
@@ -446,9 +495,11 @@ def run_of(
 
 
 def one_bit(code: str = "ternary", name: str = "OneBitAdam") -> dict[str, Any]:
-    lr = {"OneBitAdam": 3e-3, "OneBitLamb": 1e-2}[name]
-    params = {"lr": lr, "freeze_step": 20, "code": code, "bias_correction": True, "cuda_aware": False}
-    return {"type": name, "params": params}
+    lr = {"OneBitAdam": 3e-3, "OneBitLamb": 1e-2, "ZeroOneAdam": 3e-3}[name]
+    own: dict[str, Any] = {"freeze_step": 20}
+    if name == "ZeroOneAdam":
+        own = {"var_freeze_step": 20, "var_update_scaler": 4, "local_step_scaler": 4, "local_step_clipper": 4}
+    return {"type": name, "params": {"lr": lr, "code": code, "bias_correction": True, "cuda_aware": False, **own}}
 
 
 NUMEL = 64 * 256 + 256 + 256 * 64 + 64
@@ -471,7 +522,7 @@ def test_a_configuration_of_deepspeed_trains_within_a_quarter_of_a_byte(ranks: R
         assert 0.06 * NUMEL * 40 < sent <= 0.27 * NUMEL * 40
 
 
-@pytest.mark.parametrize("name", ["OneBitAdam", "OneBitLamb"])
+@pytest.mark.parametrize("name", ["OneBitAdam", "OneBitLamb", "ZeroOneAdam"])
 def test_a_checkpoint_of_four_ranks_goes_on_on_two(ranks: RankPool, tmp_path: Any, name: str) -> None:
     folder, optimizer = str(tmp_path), one_bit(name=name)
     saved = ranks.run(run_of, optimizer, 30, folder, size=4)

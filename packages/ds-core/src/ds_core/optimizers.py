@@ -27,10 +27,10 @@ REFUSED: Mapping[str, str] = {
 }
 """Classes of ``torch.optim`` that cannot be used, each with the reason."""
 
-OWN_MESSAGES = ("ZeroOneAdam",)
-"""Optimizers that exchange messages themselves, in place of the engine's: ds-comm has them, for a plain loop."""
+OF_COMM = ("OneBitAdam", "OneBitLamb", "ZeroOneAdam")
+"""Optimizers that ds-comm has."""
 
-PLUGIN_NAMES = ("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD", "OneBitAdam", "OneBitLamb", *OWN_MESSAGES)
+PLUGIN_NAMES = ("Lamb", "Lars", "Lion", "Muon", "MuAdam", "MuAdamW", "MuSGD", *OF_COMM)
 """Names that DeepSpeed's files write in any case, beside torch's own, and that a plugin can offer."""
 
 # Settings of DeepSpeed's Adam that torch's lacks, each with the values under which the two agree.
@@ -114,11 +114,8 @@ def torch_optimizer(name: str, params: Mapping[str, Json], plugins: Iterable[str
     if name not in kinds:
         known = name in PLUGIN_NAMES
         what = "is known, but not provided here: it is neither" if known else "is neither"
-        if name in OWN_MESSAGES:
-            what = (
-                "is known, but not provided here: it exchanges messages itself, in place of the engine, so it is used "
-                f"in a plain loop, as ds_comm.optim.{name} of ds-comm; it is neither"
-            )
+        if name in OF_COMM:
+            what = "is known, but not provided here: 'pip install ds-comm' does; it is neither"
         raise ValueError(
             f"optimizer.type = {name!r} {what} an installed plugin ({', '.join(plugins) or 'none installed'}) nor one "
             f"of torch's: {', '.join(kinds)}{'' if known else did_you_mean(name, (*plugins, *kinds))}"

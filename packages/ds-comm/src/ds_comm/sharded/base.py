@@ -111,23 +111,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def step_own(self, scale: float) -> None:
         """Step once with each rank's own gradient times ``scale``. All ranks call it; gradients are finite."""
-        self._owes = True
         for each in self._joined:
-            self._derive(each)
-            message = self._message[: each.flat.numel]
-            self.load_message(each, message, scale)
-            if each.reducer.is_alone:
-                self.take_mean(each, message.add_(each.reducer.server_error))
-                each.reducer.load_owed(None)
-            else:
-                each.reducer.send(message)
-        others = [each for each in self._joined if not each.reducer.is_alone]
-        for each in others:
-            each.reducer.serve(self._message)
-        for each in others:
-            message = self._message[: each.flat.numel]
-            each.reducer.receive(message)
-            self.take_mean(each, message)
+            self.ensure_derived(each)
+        self.exchange(lambda each, message: self.load_message(each, message, scale), self.take_mean)
         self.set_counts(step=self.count("step") + 1)
 
     def forget_whole(self) -> None:
@@ -186,8 +172,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 loss = closure()
         if self.wants_own:
             raise RuntimeError(
-                f"the warm-up ended with step {self.freeze_step}: later steps exchange whole gradients, which the "
-                "partitioner hands over; call its step(), or the engine's"
+                f"step {self.count('step') + 1} takes whole gradients, not shards of their mean, and the partitioner "
+                "hands them over: call its step(), or the engine's"
             )
         step = self.count("step") + 1
         self.warm_up(step)
@@ -197,6 +183,25 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def warm_up(self, step: int) -> None:
         """Do step number ``step`` on the shards."""
         raise NotImplementedError(f"{type(self).__name__} has to say what a step of the warm-up does")
+
+    def exchange(self, load: Callable[[Joined, Tensor], None], take: Callable[[Joined, Tensor], None]) -> None:
+        """Exchange a message for each buffer, which ``load`` writes, and hand the means to ``take``."""
+        self._owes = True
+        for each in self._joined:
+            message = self._message[: each.flat.numel]
+            load(each, message)
+            if each.reducer.is_alone:
+                take(each, message.add_(each.reducer.server_error))
+                each.reducer.load_owed(None)
+            else:
+                each.reducer.send(message)
+        others = [each for each in self._joined if not each.reducer.is_alone]
+        for each in others:
+            each.reducer.serve(self._message)
+        for each in others:
+            message = self._message[: each.flat.numel]
+            each.reducer.receive(message)
+            take(each, message)
 
     def count(self, name: str) -> int:
         """Return a counter."""
@@ -215,7 +220,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 state[name] = torch.zeros_like(param, requires_grad=False)
         return state
 
-    def _derive(self, each: Joined) -> None:
+    def ensure_derived(self, each: Joined) -> None:
+        """Derive what is derived from shards of the state, unless it is."""
         if not each.is_derived:
             for _, param in each.flat.shards:
                 self.state_of(param)

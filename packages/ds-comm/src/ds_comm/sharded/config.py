@@ -97,3 +97,22 @@ class OneBitLambConfig(OneBitAdamConfig):
     """Smallest factor."""
     factor_threshold: float = 0.1
     """By what part a factor may differ from the last one."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ZeroOneAdamConfig(SlowLinkConfig):
+    """Settings of :class:`ds_comm.sharded.zero_one_adam.ZeroOneAdam`; defaults are DeepSpeed's.
+
+    Example:
+        >>> ZeroOneAdamConfig(var_freeze_step=400).local_step_clipper
+        16
+    """
+
+    var_freeze_step: int = 100_000
+    """Last step at which the variance may change."""
+    var_update_scaler: int = 16
+    """Updates of the variance between doublings of its interval."""
+    local_step_scaler: int = 32_678
+    """Steps between doublings of the local interval."""
+    local_step_clipper: int = 16
+    """Largest local interval."""

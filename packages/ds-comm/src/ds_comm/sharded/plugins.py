@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .config import OneBitAdamConfig, OneBitLambConfig, SlowLinkConfig
+from .config import OneBitAdamConfig, OneBitLambConfig, SlowLinkConfig, ZeroOneAdamConfig
 from .one_bit_adam import OneBitAdam
 from .one_bit_lamb import Coefficients, OneBitLamb
+from .zero_one_adam import Intervals, ZeroOneAdam
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -69,5 +70,11 @@ def _one_bit_lamb(config: OneBitLambConfig, kernels: KernelBackend | None) -> Ma
     return Maker(OneBitLamb, settings)
 
 
+def _zero_one_adam(config: ZeroOneAdamConfig, kernels: KernelBackend | None) -> Maker:
+    intervals = Intervals(*(getattr(config, name) for name in Intervals._fields))
+    return Maker(ZeroOneAdam, {**_shared(config, kernels), "intervals": intervals})
+
+
 one_bit_adam: Plugin = SlowLinkPlugin(OneBitAdamConfig, _one_bit_adam)
 one_bit_lamb: Plugin = SlowLinkPlugin(OneBitLambConfig, _one_bit_lamb)
+zero_one_adam: Plugin = SlowLinkPlugin(ZeroOneAdamConfig, _zero_one_adam)
