@@ -242,6 +242,9 @@ def look_around(rank: Rank, folder: str) -> Looked:
         model_parameters=lambda stage: [{"params": list(stage.parameters()), "lr": 0.01}],
         group=rank.group,
     )
+    assert engine.is_first_stage() == (rank.rank < 2)
+    assert engine.is_last_stage() == (rank.rank >= 2)
+    assert engine.axes.mesh.mesh_dim_names == ("pipe", "data")
     engine.train_batch()
     evaluated = engine.eval_batch(iter(engine.training_dataloader)).item()
     assert engine.module.training
@@ -292,6 +295,15 @@ def test_evaluation_weights_and_access(ranks: Pools, tmp_path: Path) -> None:
     assert [one.group_rates for one in found] == [found[0].group_rates] * 4
     # those in the middle of a longer pipeline would not read data
     assert all("a step takes 2 micro-batches on each pipeline; the data ended after 0" in one.refused for one in found)
+
+
+def test_eight_ranks(ranks: Pools) -> None:
+    want = ranks.run(train_whole, Setting(micro_batches=8), size=1)
+    for pipeline, schedule, stage in ((4, "interleaved", 3), (2, "zb_v", 2)):
+        setting = Setting(stage=stage, ranks=pipeline, schedule=schedule, micro_batches=8)
+        got = ranks.run(train, setting, size=8)
+        assert_same_bits(whole(got), whole(want))
+        assert all(outcome.norms == want[0].norms for outcome in got)
 
 
 def train_coded(rank: Rank, coded: bool) -> list[float]:
