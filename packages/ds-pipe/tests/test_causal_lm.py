@@ -186,6 +186,8 @@ def test_models_that_are_built_in_another_way() -> None:
         PipelineModule.from_causal_lm(Model(), layers="model.layers")
     with pytest.raises(ValueError, match="run layer by layer, the model gives other logits"):
         PipelineModule.from_causal_lm(Model(scale=0.5))
+    after = ("model.norm", "lm_head", lambda logits: 0.5 * logits)
+    assert PipelineModule.from_causal_lm(Model(scale=0.5), layers="model.layers", after=after).num_layers == LAYERS + 4
     model = Model()
     model.model.extra = nn.Parameter(torch.ones(1))
     with pytest.raises(ValueError, match=r"model itself has \['extra'\], and parts of it lie in several layers"):

@@ -12,19 +12,22 @@ each once; the different calls, with a value's place in ``shared`` for the value
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from inspect import signature
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .layers import Layer, Modules, of_module
+from .layers import Layer, Modules, of_function, of_module
 
-_FAMILIES = (
+After: TypeAlias = "Sequence[str | Callable[[Any], Any]]"
+"""What follows decoder layers: modules by name, the first one to begin with, and functions."""
+
+_FAMILIES: Sequence[tuple[str, After]] = (
     ("model.layers", ("model.norm", "lm_head")),  # Llama, Mistral, Qwen, Gemma, OLMo
     ("model.layers", ("model.final_layernorm", "lm_head")),  # Phi
     ("transformer.h", ("transformer.ln_f", "lm_head")),  # GPT-2, BLOOM, Falcon
@@ -34,7 +37,7 @@ _FAMILIES = (
 )
 
 
-def layers_of(model: nn.Module, path: str | None, after: Sequence[str] | None) -> list[Layer]:
+def layers_of(model: nn.Module, path: str | None, after: After | None) -> list[Layer]:
     """Return the layers of a causal model: one for what is before the decoder layers, these, and what follows.
 
     Raises:
@@ -44,31 +47,33 @@ def layers_of(model: nn.Module, path: str | None, after: Sequence[str] | None) -
     path, after = _where(modules, path, after)
     names = [f"{path}.{name}" for name, _ in modules[path].named_children()]
     count = len(names)
-    before = _before(model, (*names, *after))
+    before = _before(model, [*names, *(each for each in after if isinstance(each, str))])
     found = [Layer("embeddings", "Embeddings", lambda: before, _Embedding(model, modules[path]), 0, ready=True)]
     found += [
         of_module(modules[name], name, index + 1, partial(_decode, index, index == count - 1))
         for index, name in enumerate(names)
     ]
-    found += [
-        of_module(modules[name], name, 1 + count + index, None if index else _finish)
-        for index, name in enumerate(after)
-    ]
+    for index, each in enumerate(after, start=1 + count):
+        take = _hidden if index == 1 + count else None
+        found.append(
+            of_module(modules[each], each, index, take)
+            if isinstance(each, str)
+            else of_function(each, f"after.{index - 1 - count}", index)
+        )
     if not any(param.is_meta for param in model.parameters()):
         _try_out(model, found)
     return found
 
 
-def _where(
-    modules: Mapping[str, nn.Module], path: str | None, after: Sequence[str] | None
-) -> tuple[str, Sequence[str]]:
+def _where(modules: Mapping[str, nn.Module], path: str | None, after: After | None) -> tuple[str, After]:
     if (path is None) != (after is None):
         raise ValueError(f"say both where decoder layers are and what follows; got layers={path!r}, after={after!r}")
     known = _FAMILIES if path is None or after is None else ((path, tuple(after)),)
     for layers, following in known:
-        if layers in modules and all(name in modules for name in following) and following:
+        paths = [each for each in following if isinstance(each, str)]
+        if layers in modules and all(name in modules for name in paths) and paths[:1] == [*following[:1]]:
             return layers, following
-    looked = "; ".join(f"{layers}, followed by {' and '.join(following)}" for layers, following in known)
+    looked = "; ".join(f"{layers}, followed by {' and '.join(map(str, following))}" for layers, following in known)
     outer = [name for name in modules if name and name.count(".") < 2][:20]
     raise ValueError(
         f"there are no decoder layers where they were looked for: {looked}. The model has {outer}: say where, "
@@ -106,7 +111,7 @@ class _Embedding:
     def __init__(self, model: nn.Module, layers: nn.Module) -> None:
         self._model = model
         self._layers = layers
-        self._settings = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+        self._settings = _settings(model)
 
     def __call__(self, modules: Modules, value: Any) -> tuple[Tensor, list[Any], list[Any], list[int]]:
         """Return what goes to the first decoder layer; ``modules`` are those that the model runs."""
@@ -122,6 +127,11 @@ class _Embedding:
             else:
                 raise RuntimeError(f"the model ran without all of its decoder layers; it called {len(calls)}")
         return (calls[0].hidden, *_compact(calls))
+
+
+def _settings(model: nn.Module) -> dict[str, bool]:
+    """Return how to call a model: a cache for the next tokens is nothing for training, and no value to send."""
+    return {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
 
 
 class _Call(NamedTuple):
@@ -188,7 +198,7 @@ def _decode(index: int, last: bool, layer: nn.Module, value: Any) -> Any:  # noq
     return (hidden, [], [], []) if last else (hidden, shared, calls, which)
 
 
-def _finish(layer: nn.Module, value: Any) -> Any:
+def _hidden(layer: nn.Module, value: Any) -> Any:
     return layer(value[0])
 
 
@@ -199,7 +209,7 @@ def _try_out(model: nn.Module, layers: Sequence[Layer]) -> None:
     try:
         model.eval()
         with torch.no_grad():
-            out = model(tokens)
+            out = model(tokens, **_settings(model))
             want = out if isinstance(out, Tensor) else out[0]
             value: Any = tokens
             for layer in layers:
@@ -210,5 +220,6 @@ def _try_out(model: nn.Module, layers: Sequence[Layer]) -> None:
     if not torch.equal(value.nan_to_num(), want.nan_to_num()):
         raise ValueError(
             f"run layer by layer, the model gives other logits: between {layers[0].name} and {layers[-1].name} it does "
-            "something else than to call them; describe it as a list of layers"
+            "something else than to call them. What it does to logits can be a function at the end of after=; "
+            "otherwise, describe the model as a list of layers"
         )

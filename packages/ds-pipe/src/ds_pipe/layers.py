@@ -150,7 +150,7 @@ def layers_of(items: Sequence[Any], names: Sequence[str]) -> list[Layer]:
         elif isinstance(item, Pop):
             found.append(_of_function(_combining(item), name, index)._replace(kind="Pop", pops=item.name))
         elif callable(item):
-            found.append(_of_function(item, name, index))
+            found.append(of_function(item, name, index))
         else:
             raise TypeError(f"layer {index} has to be a LayerSpec, a module or a function; got {item!r}")
     return found
@@ -165,7 +165,8 @@ def _of_spec(spec: LayerSpec, name: str, uses: int, run: Callable[[Any, Any], An
     return Layer(name, _called(spec.typename), lambda: {name: spec.build()}, _runner(name, run), uses, ready=False)
 
 
-def _of_function(function: Callable[[Any], Any], name: str, index: int) -> Layer:
+def of_function(function: Callable[[Any], Any], name: str, index: int) -> Layer:
+    """Return a layer without parameters."""
     return Layer(name, _called(function), dict, lambda modules, value: function(value), index, ready=True)
 
 

@@ -104,7 +104,7 @@ class PipelineModule:
 
     @classmethod
     def from_causal_lm(
-        cls, model: nn.Module, *, layers: str | None = None, after: Sequence[str] | None = None, **settings: Any
+        cls, model: nn.Module, *, layers: str | None = None, after: causal_lm.After | None = None, **settings: Any
     ) -> PipelineModule:
         """Return the description of a causal language model as Hugging Face writes them; see [Note: Causal models].
 
@@ -114,7 +114,7 @@ class PipelineModule:
         Args:
             model: It; not changed. On the device ``meta`` it costs nothing, and a stage's weights are loaded by name.
             layers: Where its decoder layers are, as ``model.layers``; None: where such models mostly have them.
-            after: What follows them, as ``("model.norm", "lm_head")``.
+            after: What follows them, as ``("model.norm", "lm_head")``; also functions, if logits are scaled or capped.
             settings: As of the class.
 
         Raises:
