@@ -121,7 +121,8 @@ def check(model: nn.Module, cut: int, inputs: list[Any], **settings: Any) -> Non
     """Compare a model that is run whole with its two parts in a pipeline; the model keeps its own gradients."""
     described = PipelineModule.from_causal_lm(model, loss_fn=loss_of, **settings)
     for given, target in zip(inputs, tokens(), strict=True):
-        out = model(**given) if isinstance(given, dict) else model(given)
+        named = given if isinstance(given, dict) else {"input_ids": given}
+        out = model(**named, use_cache=False)
         (loss_of(out[0], target) * 0.5).backward()
     want = {name: grad.clone() for name, grad in grads_of(model).items()}
     model.zero_grad()

@@ -109,7 +109,7 @@ class PipelineModule:
         """Return the description of a causal language model as Hugging Face writes them; see [Note: Causal models].
 
         Its first layer maps token ids (batch, tokens), or a dictionary of the model's arguments, to hidden states; its
-        last one returns logits (batch, tokens, vocabulary).
+        last one returns logits (batch, tokens, vocabulary). They are those of ``model(..., use_cache=False)``.
 
         Args:
             model: It; not changed. On the device ``meta`` it costs nothing, and a stage's weights are loaded by name.
