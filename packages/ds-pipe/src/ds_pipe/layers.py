@@ -146,9 +146,9 @@ def layers_of(items: Sequence[Any], names: Sequence[str]) -> list[Layer]:
             uses = modules.setdefault(item, index)
             found.append(of_module(item, names[uses], uses))
         elif isinstance(item, Stash):
-            found.append(_of_function(_same, name, index)._replace(kind="Stash", stashes=item.name))
+            found.append(of_function(_same, name, index)._replace(kind="Stash", stashes=item.name))
         elif isinstance(item, Pop):
-            found.append(_of_function(_combining(item), name, index)._replace(kind="Pop", pops=item.name))
+            found.append(of_function(_combining(item), name, index)._replace(kind="Pop", pops=item.name))
         elif callable(item):
             found.append(of_function(item, name, index))
         else:
