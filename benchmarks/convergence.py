@@ -150,10 +150,12 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         "Adam, eps 1e-5": Method(
             "exact, float32; not swept", (4e-3,), lambda params, lr, _: ExactAdam(params, lr=lr, **FROZEN)
         ),
-        "CompressedAdam, eps 1e-5": Method(
-            "likewise int4; not swept",
+        "CompressedAdam, blocks of 64": Method(
+            "likewise, a scale for each 64; not swept",
             (4e-3,),
-            lambda params, lr, _: CompressedAdam(params, lr, codec=INT4, link=HALF, **FROZEN),
+            lambda params, lr, _: CompressedAdam(
+                params, lr, codec=BlockCodec(code="int4", block=64), link=HALF, **ADAM
+            ),
         ),
     }
 )
@@ -330,7 +332,7 @@ def draw(done: Sequence[Run], seeds: int, path: Path) -> None:
     mpl.use("Agg")
     from matplotlib import pyplot as plt
 
-    figure, (curves, sweeps, volumes) = plt.subplots(1, 3, figsize=(12, 3.8), layout="constrained")
+    figure, (curves, sweeps, volumes) = plt.subplots(1, 3, figsize=(12, 4.4), layout="constrained")
     for index, method in enumerate(METHODS):
         if not (runs := at_best(done, method, seeds)):
             continue
@@ -346,7 +348,7 @@ def draw(done: Sequence[Run], seeds: int, path: Path) -> None:
     volumes.set(xlabel="bytes sent per parameter, whole run", title="each seed", xscale="log", ylim=(1.7, 2.5))
     for axes in (curves, sweeps, volumes):
         axes.spines[["top", "right"]].set_visible(False)
-    curves.legend(frameon=False)
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path, dpi=110)
 
 
