@@ -141,6 +141,33 @@ def test_every_step_has_the_bits_of_the_plain_loop(ranks: RankPool, stage: int, 
         assert torch.equal(first, last), "ranks agree"
 
 
+# Memory #
+
+
+def held(rank: Rank, dtype: torch.dtype | None) -> tuple[int, int, int]:
+    """Bytes of state in a later step, elements of all buffers, and of the longest."""
+    sharded = sharded_as(rank, dtype=dtype)
+    trained_as = [tuple(x.to(dtype) for x in each) for each in gradients_of(rank.rank, 1)]
+    for _ in range(FREEZE + 2):
+        sharded.module(trained_as).backward()
+        sharded.step()
+    sharded.module(trained_as).backward()
+    with pytest.raises(RuntimeError, match="there is no mean to be read"):
+        sharded.access.full_grad("blocks.0.weight")
+    lengths = [flat.layout.length for flat in sharded._flats]
+    return sharded.memory().state, sum(lengths), max(lengths)
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_moments_masters_and_server_errors_are_sharded(ranks: RankPool, dtype: torch.dtype | None) -> None:
+    size = 4
+    for state, numel, longest in ranks.run(held, dtype, size=size):
+        sharded, whole = (12, 8) if dtype is None else (16, 12)
+        payloads = 2 * (64 / 5 + 1 + 4) / 64  # ternary in blocks of 64, sent and received
+        assert state <= (sharded / size + whole + payloads) * numel + 4 * longest
+        assert state > (sharded / size + whole) * 0.9 * numel, "segments hold no padding at the end"
+
+
 # Against the equations #
 
 

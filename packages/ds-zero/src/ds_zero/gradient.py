@@ -218,7 +218,8 @@ class FlatGradient:
         if total is None:
             raise RuntimeError(
                 "no gradient has been sent since the last step: the last backward pass of a step has to send (outside "
-                "no_sync, or after set_sync(enabled=True))"
+                "no_sync, or after set_sync(enabled=True)); 1-bit optimizers take each rank's own gradient after their "
+                "warm-up, and then there is no mean to be read"
             )
         return total
 
