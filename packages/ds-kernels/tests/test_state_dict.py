@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from ds_kernels import Adam, AdamW
+from ds_kernels.optim import CpuAdam, FusedAdagrad, FusedLamb, FusedLion, FusedSGD
 from torch import nn
 
 
@@ -71,3 +72,85 @@ def test_variants_not_offered_are_refused(name):
     state = torch.optim.AdamW([weight()], **{name: True}).state_dict()
     with pytest.raises(ValueError, match=f"{name} must be false"):
         AdamW([weight()]).load_state_dict(state)
+
+
+CODED = [
+    pytest.param(AdamW, {}, torch.optim.AdamW, id="adamw"),
+    pytest.param(CpuAdam, {"adamw_mode": False}, torch.optim.Adam, id="adam"),
+    pytest.param(FusedSGD, {"momentum": 0.9}, torch.optim.SGD, id="sgd"),
+    pytest.param(FusedAdagrad, {}, torch.optim.Adagrad, id="adagrad"),
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("kind", "settings", "torch_kind"), CODED)
+def test_torch_does_not_take_codes_for_numbers(kind, settings, torch_kind, moments, dtype):
+    mine = nn.Parameter(weight().detach().to(dtype))
+    ours = kind([mine], lr=0.01, moments=moments, **settings)
+    mine.grad = torch.randn(50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    ours.step()
+    yours = nn.Parameter(mine.detach().clone())
+    theirs = torch_kind([yours], lr=0.01)
+    theirs.load_state_dict(copy.deepcopy(ours.state_dict()))
+    yours.grad = torch.ones_like(yours)
+    if moments == "fp32" and dtype == torch.float32:
+        theirs.step()
+        return
+    with pytest.raises((AttributeError, TypeError)):
+        theirs.step()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("moments", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize(("kind", "settings", "torch_kind"), CODED)
+def test_an_exported_state_goes_on_in_torch(kind, settings, torch_kind, moments, dtype):
+    mine = nn.Parameter(weight().detach().to(dtype))
+    ours = kind([mine], lr=0.01, moments=moments, **settings)
+    gradients = torch.randn(4, 50, generator=torch.Generator().manual_seed(0)).to(dtype)
+    for gradient in gradients[:3]:
+        mine.grad = gradient.clone()
+        ours.step()
+    yours = nn.Parameter(ours.master(mine).clone())
+    theirs = torch_kind([yours], lr=0.01)
+    theirs.load_state_dict(ours.torch_state_dict())
+    for name in ours.moments:
+        assert theirs.state[yours][name].dtype == torch.float32
+    mine.grad, yours.grad = gradients[3].clone(), gradients[3].float()
+    ours.step()
+    theirs.step()
+    assert torch.allclose(yours, ours.master(mine), rtol=1e-5, atol=1e-6)
+
+
+def test_states_saved_under_torchs_names_load(cpu):
+    ours = stepped(AdamW([weight()], moments="int8", kernels=cpu), 3)
+    [mine] = ours.param_groups[0]["params"]
+    old = {**ours.state_dict(), "state": {0: dict(ours.state[mine])}}
+    again = AdamW([weight()], moments="int8", kernels=cpu)
+    again.load_state_dict(copy.deepcopy(old))
+    [param] = again.param_groups[0]["params"]
+    assert again.state[param].keys() == ours.state[mine].keys()
+    assert all(torch.equal(again.state[param][name], tensor) for name, tensor in ours.state[mine].items())
+
+
+@pytest.mark.parametrize("kind", [AdamW, FusedLion, FusedSGD, FusedAdagrad])
+@pytest.mark.parametrize("other", [AdamW, FusedLion, FusedSGD, FusedAdagrad])
+def test_the_state_of_another_class_is_refused(kind, other):
+    settings = {FusedSGD: {"momentum": 0.9}}
+    saved = stepped(other([weight()], **settings.get(other, {})), 1).state_dict()
+    optimizer = stepped(kind([weight()], **settings.get(kind, {})), 1)
+    before = copy.deepcopy(optimizer.state_dict())
+    if kind is other:
+        optimizer.load_state_dict(saved)
+        return
+    with pytest.raises(ValueError, match=rf"index 0, shape \(50,\)\) must be that of {kind.__name__}, with .*; got "):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state_dict()["state"][0].keys() == before["state"][0].keys()
+
+
+@pytest.mark.parametrize("moments", ["fp32", "int8"])
+def test_the_state_of_another_size_is_refused(moments):
+    saved = stepped(FusedLamb([weight()], moments=moments), 1).state_dict()
+    optimizer = FusedLamb([("head", nn.Parameter(torch.ones(7, 9)))], moments=moments)
+    with pytest.raises(ValueError, match=r"of the parameter 'head' \(group 0, .* must have 63 elements; got 50"):
+        optimizer.load_state_dict(saved)

@@ -155,12 +155,13 @@ def test_nothing_is_hung_on_parameters():
 
 
 def test_a_failed_step_does_not_count(backend):
-    weight = nn.Parameter(torch.ones(4, 2).t())
-    weight.grad = torch.ones_like(weight)
-    optimizer = AdamW([weight], kernels=backend)
-    with pytest.raises(ValueError, match="param must be dense and contiguous"):
+    weights = [nn.Parameter(torch.ones(4)) for _ in range(2)]
+    weights[0].grad, weights[1].grad = torch.ones(4), torch.ones(4).to_sparse()
+    optimizer = AdamW(weights, kernels=backend)
+    with pytest.raises(ValueError, match=r"gradient of the parameter \(group 0, index 1, .*got torch.sparse_coo"):
         optimizer.step()
-    assert optimizer.state[weight]["step"] == 0
+    assert not optimizer.state
+    assert torch.equal(weights[0], torch.ones(4))
 
 
 @pytest.mark.parametrize("value", [-1.0, float("nan")])

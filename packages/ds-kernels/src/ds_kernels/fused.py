@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from .backends.checks import NOTHING, Beside
-from .registry import Lookup
+from .backends.checks import NOTHING
+from .group_step import LOW, GroupStep, Kernels, StateOfParam
+from .parameters import check_gradient, check_parameter, in_memory_order, is_final, ordered_like, places
+from .saved_state import SavedState, check_keys, coded_names, torchs_state
+from .storage import check_storage
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
@@ -37,9 +40,6 @@ MOMENTS: Mapping[str, tuple[torch.dtype, torch.dtype]] = MappingProxyType(
 )
 """Data types of first and second moments, by the value of ``moments``."""
 
-LOW = "master_low"
-"""State of bfloat16 parameters: the 16 bits below them."""
-
 
 class FusedOptimizer(torch.optim.Optimizer):
     """Base of optimizers whose step is one fused kernel for each parameter.
@@ -54,9 +54,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             and rounds moments to nearest. int8 codes are always rounded to nearest.
         zero_grad: Set gradients to 0 in the pass that reads them.
         kernels: The backend to run on; None takes the process's choice at each step.
+        others: None; here to say of torch's arguments that are not offered what to do.
 
     Raises:
-        ValueError: If a setting is out of its bounds.
+        TypeError: If an argument is not offered, or a name stands for an object.
+        ValueError: If a setting is out of its bounds, or a parameter cannot be stepped.
     """
 
     op: ClassVar[str]
@@ -78,9 +80,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         rounding: StochasticRounding | None = None,
         zero_grad: bool = False,
         kernels: KernelBackend | None = None,
+        **others: Any,
     ) -> None:
-        if moments not in MOMENTS:
-            raise ValueError(f"moments must be one of {', '.join(MOMENTS)}; got {moments!r}")
+        check_storage(type(self).__name__, moments, tuple(MOMENTS), rounding=rounding, kernels=kernels, others=others)
         self._codecs = MOMENTS[moments]
         self._rounding = rounding
         self._places: dict[Tensor, tuple[int, int]] = {}
@@ -122,10 +124,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Add a group, as in ``torch.optim``.
 
         Raises:
-            ValueError: If a setting is out of its bounds.
+            ValueError: If a setting is out of its bounds, or a parameter can never be stepped. Float16 is refused at
+                the first step, before anything moves: a partitioner may put float32 masters in the place of such.
         """
         self.check({**self.defaults, **param_group})
         super().add_param_group(param_group)
+        try:
+            for place in places(self.param_groups, len(self.param_groups) - 1):
+                if is_final(place.param):
+                    check_parameter(place)
+        except ValueError:
+            self.param_groups.pop()
+            raise
         for param in self.param_groups[-1]["params"]:
             self._places[param] = len(self._places), 0
 
@@ -170,7 +180,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Step once over all parameters that have a gradient.
+        """Step once over all parameters that have a gradient; where one cannot be stepped, none is.
 
         Args:
             closure: Evaluates the model again and returns the loss.
@@ -179,12 +189,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             The closure's loss.
 
         Raises:
-            ValueError: If a parameter is not contiguous float32 or bfloat16, or not on a device the backend serves.
+            ValueError: If a parameter or its gradient cannot be stepped; see [Note: Memory] in ``parameters.py``.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        for place in places(self.param_groups):
+            if place.param.grad is not None:
+                check_parameter(place)
+                check_gradient(place, place.param.grad)
         kernels = Kernels(self._kernels)
         for group in self.param_groups:
             group_step = GroupStep(self, group, scale=1.0, kernels=kernels)
@@ -215,7 +229,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             stored.copy_(value)
             return {name: stored}
         scale = torch.empty(state_codecs.num_scales(param.numel()), dtype=torch.bfloat16, device=param.device)
-        state_codecs.encode_like(value.to(param.device), stored, scale)
+        ordered = ordered_like(value.to(param.device), param)
+        state_codecs.encode_like(in_memory_order(ordered), in_memory_order(stored), scale)
         return {name: stored, f"{name}_scale": scale}
 
     # Masters #
@@ -242,6 +257,33 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # State dicts #
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return state and groups, as in ``torch.optim``; see [Note: Saved states] in ``saved_state.py``.
+
+        Float32 state loads into torch's class, too. Coded state has other names there, so that torch's class fails at
+        its first step instead of taking codes for numbers: :meth:`torch_state_dict` decodes it.
+        """
+        saved = super().state_dict()
+        return {**saved, "state": {key: coded_names(state, self.moments) for key, state in saved["state"].items()}}
+
+    @torch.no_grad()
+    def torch_state_dict(self) -> dict[str, Any]:
+        """Return a ``state_dict`` for torch's class of this optimizer: moments decoded to float32, in new memory.
+
+        A bfloat16 parameter's master is not in it: make torch's optimizer over float32 parameters, and set them to
+        :meth:`master`.
+
+        Example:
+            >>> from .optim import FusedAdam
+            >>> weight = torch.nn.Parameter(torch.ones(2))
+            >>> optimizer = FusedAdam([weight], moments="int8")
+            >>> weight.grad = torch.ones(2)
+            >>> optimizer.step()
+            >>> torch.optim.AdamW([weight]).load_state_dict(optimizer.torch_state_dict())
+        """
+        saved = super().state_dict()
+        return {**saved, "state": {key: torchs_state(state, self.moments) for key, state in saved["state"].items()}}
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a ``state_dict`` of this class in any codec, or of torch's class of this optimizer.
 
@@ -254,37 +296,40 @@ class FusedOptimizer(torch.optim.Optimizer):
             state_dict: As ``state_dict()`` returned it; load the model's weights first.
 
         Raises:
-            ValueError: If groups do not fit, a variant is not offered, or ``master_low`` belongs to other weights.
+            ValueError: If groups do not fit, a variant is not offered, the state is of another class or of parameters
+                of other sizes, or ``master_low`` belongs to other weights.
         """
-        super().load_state_dict({**state_dict, "state": {}})
         saved = state_dict["state"]
-        numbers = chain.from_iterable(group["params"] for group in state_dict["param_groups"])
-        for group in self.param_groups:
-            for param, number in zip(group["params"], numbers):
-                if number in saved:
-                    self.state[param] = self._adopted(param, group, saved[number])
+        numbers = list(chain.from_iterable(group["params"] for group in state_dict["param_groups"]))
+        kind = type(self).__name__
+        for place, number in zip(places(self.param_groups), numbers):
+            check_keys(kind, place, saved.get(number, {}), self.moments, counted=self.counted)
+        super().load_state_dict({**state_dict, "state": {}})
+        for place, number in zip(places(self.param_groups), numbers):
+            if number in saved:
+                group = self.param_groups[place.group]
+                self.state[place.param] = self._adopted(place.param, group, SavedState(saved[number]))
 
     @torch.no_grad()
-    def _adopted(self, param: Tensor, group: Mapping[str, Any], saved: Mapping[str, Any]) -> dict[str, Tensor]:
+    def _adopted(self, param: Tensor, group: Mapping[str, Any], saved: SavedState) -> dict[str, Tensor]:
         from .backends.plain import state_codecs
 
         state: dict[str, Tensor] = {}
         if self.counts_steps:
-            step = saved["step"] if self.counted else saved.get("step", 1.0)
-            state["step"] = torch.as_tensor(step, dtype=torch.float32).to("cpu", copy=True)
+            state["step"] = torch.as_tensor(saved.step(), dtype=torch.float32).to("cpu", copy=True)
         for name in self.stored(group):
-            if saved.get(name) is None:  # torch's SGD before its first step
+            moment = saved.moment(name)
+            if moment is None:  # torch's SGD before its first step
                 continue
-            scale = saved.get(f"{name}_scale")
-            if saved[name].dtype == self.dtype_of(name, param):
-                state[name] = saved[name].to(param.device, copy=True).view(param.shape)
-                if scale is not None:
-                    state[f"{name}_scale"] = scale.to(param.device, copy=True)
+            if moment.stored.dtype == self.dtype_of(name, param) and moment.fits(param):
+                state |= moment.copied(name, param)
             else:
-                state |= self._encoded(name, param, state_codecs.decode(saved[name], scale).view(param.shape))
-        low = saved.get(LOW)
+                state |= self._encoded(name, param, moment.decoded().view(param.shape))
+        low = saved.low()
         if self._has_low(param):
-            state[LOW] = torch.zeros_like(param, dtype=torch.int16) if low is None else low.to(param.device, copy=True)
+            state[LOW] = torch.zeros_like(param, dtype=torch.int16)
+            if low is not None:
+                state[LOW].copy_(low.view(param.shape))
         elif low is not None and param.dtype == torch.float32:
             high = param.bfloat16()
             if not torch.equal(high.float(), param):
@@ -292,7 +337,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"{LOW} completes bfloat16 weights, so float32 parameters must hold these; got a parameter of "
                     f"shape {tuple(param.shape)} with more digits; load the weights of the same checkpoint first"
                 )
-            param.copy_(state_codecs.join(high, low.to(param.device)))
+            param.copy_(state_codecs.join(high, low.to(param.device).view(param.shape)))
         return state
 
     def __getstate__(self) -> dict[str, Any]:
@@ -311,88 +356,3 @@ class FusedOptimizer(torch.optim.Optimizer):
             for name, value in self.defaults.items():
                 group.setdefault(name, value)
             group["update_kind"] = self.update_kind
-
-
-class Kernels:
-    """The kernels of a step, each found once.
-
-    Args:
-        first: A backend that comes before the process's choice.
-    """
-
-    def __init__(self, first: KernelBackend | None) -> None:
-        self._first = first
-        self._lookups: dict[str, Lookup] = {}
-
-    def __call__(self, op: str, param: Tensor) -> Callable[..., Any]:
-        """Return the kernel of ``op`` for ``param``."""
-        lookup = self._lookups.get(op)
-        if lookup is None:
-            lookup = self._lookups[op] = Lookup(op, self._first)
-        return lookup[param.device, param.dtype]
-
-
-class StateOfParam:
-    """What a kernel takes beside parameter and gradient.
-
-    Args:
-        state: The optimizer's state of the parameter.
-        names: Of its moments.
-        copy: Copy to refresh from the new parameter, or None.
-        keys: By which bfloat16 arrays are rounded stochastically.
-    """
-
-    def __init__(
-        self,
-        state: Mapping[str, Tensor],
-        names: Sequence[str],
-        copy: Tensor | None,
-        keys: Mapping[str, Tensor] = NOTHING.keys,
-    ) -> None:
-        self.moments = [state[name] for name in names]
-        self.copy = copy
-        scales = {name: state[f"{name}_scale"] for name in names if f"{name}_scale" in state}
-        beside = Beside(state.get(LOW), scales, keys) if scales or keys or LOW in state else NOTHING
-        self._coded = beside is not NOTHING or any(moment.dtype != torch.float32 for moment in self.moments)
-        self.beside = {"beside": beside} if self._coded else {}
-        self._rounded = bool(keys)
-
-    def op(self, name: str) -> str:
-        """Return the op for this state: backends that know float32 only need not know of codecs, nor of rounding."""
-        return f"rounded_{name}" if self._rounded else f"coded_{name}" if self._coded else name
-
-
-class GroupStep:
-    """One step over the parameters of one group.
-
-    Args:
-        optimizer: Holds the state of each parameter, under the parameter.
-        group: One of ``optimizer.param_groups``.
-        scale: Factor on the gradients.
-        kernels: The kernels to step with.
-    """
-
-    def __init__(self, optimizer: FusedOptimizer, group: dict[str, Any], *, scale: float, kernels: Kernels) -> None:
-        self._optimizer = optimizer
-        self._group = group
-        self._scale = scale
-        self._kernels = kernels
-        self._names = optimizer.stored(group)
-        self._hypers: dict[int, Any] = {}  # by step: nearly always one
-
-    def run(self, param: Tensor, grad: Tensor, copy: Tensor | None = None) -> None:
-        """Step ``param``, making its state if this is its first, and refresh ``copy``."""
-        optimizer = self._optimizer
-        state = optimizer.state[param]
-        first = not state or any(name not in state for name in self._names)
-        if first:
-            state |= {**optimizer.init_state(param, self._group), **state}
-        step = int(state["step"].item()) + 1 if optimizer.counts_steps else 1 if first else 2
-        hyper = self._hypers.get(step)
-        if hyper is None:
-            hyper = optimizer.hyper(self._group, step, self._scale, zero_grad=optimizer.zeroes_grads)
-            self._hypers[step] = hyper
-        keys = optimizer.keys_of(param, self._names, step)
-        optimizer.apply(self._kernels, param, grad, StateOfParam(state, self._names, copy, keys), hyper)
-        if optimizer.counts_steps:
-            state["step"].fill_(step)

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .adamw import ShardMaker
-from .fused import FusedOptimizer, GroupStep, Kernels
+from .fused import FusedOptimizer
+from .group_step import GroupStep, Kernels
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend

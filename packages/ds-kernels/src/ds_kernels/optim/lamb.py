@@ -10,7 +10,8 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..config import check_hyperparameters
-from ..fused import FusedOptimizer, Kernels, StateOfParam
+from ..fused import FusedOptimizer
+from ..group_step import Kernels, StateOfParam
 from ..hyper import LambHyper
 
 
