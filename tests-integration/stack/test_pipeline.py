@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 import ds_core
 import pytest
 import torch
-from ds_pipe import LayerSpec, PipelineModule, TiedLayerSpec
+from ds_pipe import Costs, LayerSpec, PipelineModule, TiedLayerSpec, make_greedy_schedule
+from ds_pipe.planned import write_plan
 from ds_testkit import Rank, RankPool
+from ds_testkit.processes import RankError
 from ds_testkit.state import Exported, State, assembled, assert_same_bits, exported
 from torch import Tensor, nn
 from torch.nn import functional
@@ -295,6 +297,29 @@ def test_evaluation_weights_and_access(ranks: Pools, tmp_path: Path) -> None:
     assert [one.group_rates for one in found] == [found[0].group_rates] * 4
     # those in the middle of a longer pipeline would not read data
     assert all("a step takes 2 micro-batches on each pipeline; the data ended after 0" in one.refused for one in found)
+
+
+def train_as_planned(rank: Rank, path: str) -> Outcome:
+    setting = Setting(stage=1, tied=True)
+    config = {**setting.config(), "pipeline": {"plan": path}}
+    engine, *_ = ds_core.initialize(described(tied=True), config=config, training_data=Sequences(), group=rank.group)
+    losses = [engine.train_batch().item() for _ in range(STEPS)]
+    return Outcome(losses, [engine.get_global_grad_norm()], exported(engine._sharded))
+
+
+def test_a_plan_is_followed(ranks: Pools, tmp_path: Path) -> None:
+    """An uneven cut with a schedule made for it, and a weight that two stages use, which the plan knows nothing of."""
+    costs = Costs.uniform(4, forward=2.0, input_grad=3.0, weight_grad=1.0, latency=0.5)
+    schedule = make_greedy_schedule(costs, num_ranks=2, num_micro_batches=4, placement=[0, 1, 1, 0])
+    path = tmp_path / "it.plan.json"
+    write_plan(path, schedule, [0, 1, 4, 6, 8])
+    want = ranks.run(train_whole, Setting(tied=True), size=1)
+    got = ranks.run(train_as_planned, str(path), size=2)
+    assert_same_bits(whole(got), whole(want))
+    assert got[0].norms == want[0].norms[-1:]
+    write_plan(path, schedule, [0, 1, 4, 6, 9])
+    with pytest.raises(RankError, match="the plan cuts 9 layers into 4 stages; the model has 8 layers"):
+        ranks.run(train_as_planned, str(path), size=2)
 
 
 def test_eight_ranks(ranks: Pools) -> None:

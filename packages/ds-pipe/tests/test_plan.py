@@ -16,6 +16,7 @@ from ds_pipe.commands import main
 from ds_pipe.layers import LayerSpec, TiedLayerSpec
 from ds_pipe.measure import measure_costs, staged
 from ds_pipe.plan import compare
+from ds_pipe.planned import read_plan
 from ds_pipe.report import table
 from hypothesis import given
 from hypothesis import strategies as st
@@ -202,6 +203,8 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert 2 * 4 * 4 <= len(boxes) <= 3 * 4 * 4  # F and I of 4 micro-batches at 4 stages, and W
     assert "described:MODEL: 2 ranks, 4 micro-batches" in html
     assert "http" not in html.replace('xmlns="http://www.w3.org/2000/svg"', "")
+    planned = read_plan(folder / "it.plan.json")
+    assert (planned.schedule.num_ranks, planned.bounds[-1]) == (2, 8)
     events = json.loads((folder / "it.trace.json").read_text())["traceEvents"]
     assert {"F0.0", "I3.3", "W3.3", "OPT"} <= {event["name"] for event in events}
 

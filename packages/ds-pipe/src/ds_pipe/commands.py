@@ -16,6 +16,7 @@ from .measure import measure_costs
 from .model import PipelineModule
 from .pictures import trace
 from .plan import Plan, Plans, compare
+from .planned import write_plan
 from .report import page, stages, table
 
 _MODEL = """MODEL is a JSON file of costs, lists with a number for each layer: forward, input_grad, weight_grad in
@@ -50,9 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--bandwidth", type=float, default=float("inf"), metavar="B/S", help="of a link, in bytes a second"
     )
     plan.add_argument("--memory", type=float, metavar="BYTES", help="for activations and messages, on each rank")
-    plan.add_argument("--schedule", metavar="NAME", help="whose timeline is drawn; otherwise the fastest one's")
+    plan.add_argument("--schedule", metavar="NAME", help="which one is written and drawn; otherwise the fastest")
     plan.add_argument(
-        "--out", metavar="PREFIX", help="write PREFIX.html, PREFIX.trace.json (Perfetto), PREFIX.costs.json"
+        "--out",
+        metavar="PREFIX",
+        help="write PREFIX.plan.json (for training), .html, .trace.json (Perfetto), .costs.json",
     )
     given = parser.parse_args(sys.argv[1:] if arguments is None else list(arguments))
     try:
@@ -81,6 +84,8 @@ def _plan(given: argparse.Namespace) -> None:
     sys.stdout.write(f"{table(found)}\n\n{chosen.name}:\n{stages(chosen, described.names)}\n")
     if given.out:
         title = f"{given.model}: {given.stages} ranks, {given.micro_batches} micro-batches"
+        write_plan(Path(f"{given.out}.plan.json"), chosen.schedule, chosen.bounds)
+        sys.stdout.write(f"wrote {given.out}.plan.json\n")
         _write(f"{given.out}.html", page(found, chosen, title=title))
         _write(f"{given.out}.trace.json", json.dumps(trace(chosen.timeline)))
         _write(f"{given.out}.costs.json", json.dumps({"layers": [*described.names], **_lists(costs)}, indent=1))

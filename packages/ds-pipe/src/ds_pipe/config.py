@@ -18,11 +18,15 @@ class PipeConfig:
     """Stages on each rank, for schedules that leave it open; None: as few as they can have."""
     schedule_file: str | None = None
     """A text file with a schedule to be used instead; see :class:`ds_pipe.Schedule`."""
+    plan: str | None = None
+    """A file of ``ds pipe plan --out``, ``PREFIX.plan.json``: its schedule and its cut are used."""
     timeout: float = 600.0
     """Seconds that a message may take before its receiver gives up."""
 
     def __post_init__(self) -> None:
         if self.timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout}")
+        if self.plan is not None and self.schedule_file is not None:
+            raise ValueError(f"plan = {self.plan!r} and schedule_file = {self.schedule_file!r} both say when; keep one")
         if self.chunks is not None and self.chunks < 1:
             raise ValueError(f"chunks must be a positive number of stages, got {self.chunks}")

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING, Any
 import torch.distributed as dist
 from torch import Tensor
 
-from .build import evaluation_of, make_schedule
+from .build import evaluation_of, make_schedule, with_skips
 from .config import PipeConfig
 from .model import PipelineModule
 from .part import Part
 from .pipeline import Pipeline
+from .planned import read_plan
 from .schedule import Schedule
-from .skips import Skip
 from .validate import validate
 
 if TYPE_CHECKING:
     from ds_core.pipeline_protocols import MicroBatches, StageParameters
     from ds_core.protocols import BuildContext
 
-MakeSchedule = Callable[[int, int, Sequence[Skip]], Schedule]
-"""Returns a schedule for a number of ranks, of micro-batches, and what goes past stages: the model's tied weights."""
+MakeSchedule = Callable[[int, int], Schedule]
+"""Returns a schedule for a number of ranks and of micro-batches; what a model needs past stages is added to it."""
 
 
 class StagePipeline:
@@ -108,28 +108,41 @@ class PipeBuilder:
 
     Args:
         make: Makes the schedule.
+        bounds: Where to cut, see ``PipelineModule.bounds``; None: as the model says.
         timeout: How long a message may take.
     """
 
-    def __init__(self, make: MakeSchedule, timeout: timedelta) -> None:
+    def __init__(self, make: MakeSchedule, *, bounds: Sequence[int] | None, timeout: timedelta) -> None:
         self._make = make
+        self._bounds = bounds
         self._timeout = timeout
 
     def cut(self, model: PipelineModule, *, rank: int, num_ranks: int, num_micro_batches: int) -> Cut:
         """Build what rank ``rank`` of ``num_ranks`` has of ``model``.
 
         Raises:
-            ValueError: The schedule is not for these numbers or does not work, or the model has no loss or too few
-                layers.
+            ValueError: The schedule is not for these numbers or does not work, or the model has no loss, too few
+                layers, or others than it was planned for.
         """
         if model.loss_fn is None:
             raise ValueError("a pipeline is trained with the loss of its model: PipelineModule(..., loss_fn=...)")
-        bounds = model.bounds(self._make(num_ranks, num_micro_batches, ()).num_stages)
-        loans = model.loans(bounds)
-        skips = [Skip(loan.source, loan.target, loan.skip, constant=True) for loan in loans]
-        schedule = self._make(num_ranks, num_micro_batches, skips)
+        schedule = self._make(num_ranks, num_micro_batches)
         validate(schedule)
-        _check(schedule, num_ranks, num_micro_batches, skips)
+        if (schedule.num_ranks, schedule.num_micro_batches) != (num_ranks, num_micro_batches):
+            raise ValueError(
+                f"the schedule {schedule.name!r} is for {schedule.num_ranks} ranks and {schedule.num_micro_batches} "
+                f"micro-batches; a step has {num_ranks} and {num_micro_batches} (gradient_accumulation_steps)"
+            )
+        bounds = model.bounds(schedule.num_stages) if self._bounds is None else self._bounds
+        if len(bounds) != schedule.num_stages + 1 or bounds[-1] != model.num_layers:
+            raise ValueError(
+                f"the plan cuts {bounds[-1]} layers into {len(bounds) - 1} stages; the model has {model.num_layers} "
+                f"layers, the schedule {schedule.num_stages} stages: plan anew"
+            )
+        skips = model.skips(bounds)
+        if set(schedule.skips) != set(skips):
+            schedule = with_skips(schedule, skips)
+        loans = model.loans(bounds)
         parts = {
             stage: model.build(
                 bounds[stage],
@@ -142,20 +155,6 @@ class PipeBuilder:
         return Cut(schedule, parts, model.loss_fn, lent=lent, timeout=self._timeout)
 
 
-def _check(schedule: Schedule, num_ranks: int, num_micro_batches: int, skips: Sequence[Skip]) -> None:
-    """Refuse a schedule that is not for this run."""
-    if (schedule.num_ranks, schedule.num_micro_batches) != (num_ranks, num_micro_batches):
-        raise ValueError(
-            f"the schedule {schedule.name!r} is for {schedule.num_ranks} ranks and {schedule.num_micro_batches} "
-            f"micro-batches; a step has {num_ranks} and {num_micro_batches} (gradient_accumulation_steps)"
-        )
-    if set(schedule.skips) != set(skips):
-        raise ValueError(
-            f"the model's tied weights need the skips {[*skips]}; the schedule {schedule.name!r} has "
-            f"{[*schedule.skips]}"
-        )
-
-
 class PipePlugin:
     """A plugin of the group ``ds.pipeline``, with a schedule by name or from a file, or one's own.
 
@@ -166,9 +165,8 @@ class PipePlugin:
 
     Example:
         >>> from .build import make_schedule
-        >>> def gpipe(ranks, count, skips):
-        ...     return make_schedule("gpipe", num_ranks=ranks, num_micro_batches=count, skips=skips)
-        >>> PipePlugin(gpipe).role_version
+        >>> plugin = PipePlugin(lambda ranks, count: make_schedule("gpipe", num_ranks=ranks, num_micro_batches=count))
+        >>> plugin.role_version
         1
     """
 
@@ -181,19 +179,20 @@ class PipePlugin:
     def build(self, config: PipeConfig, context: BuildContext) -> PipeBuilder:
         """Return the builder."""
         del context  # stages are made on the CPU, and moved by the caller
-        return PipeBuilder(self._make or _configured(config), timedelta(seconds=config.timeout))
+        bounds = None
+        make = self._make or _configured(config)
+        if config.plan is not None:
+            planned = read_plan(Path(config.plan))
+            make, bounds = (lambda _num_ranks, _num_micro_batches: planned.schedule), planned.bounds
+        return PipeBuilder(make, bounds=bounds, timeout=timedelta(seconds=config.timeout))
 
 
 def _configured(config: PipeConfig) -> MakeSchedule:
     if config.schedule_file is not None:
         path = Path(config.schedule_file)
-        return lambda _num_ranks, _num_micro_batches, _skips: Schedule.parse(path.read_text())
-    return lambda num_ranks, num_micro_batches, skips: make_schedule(
-        config.schedule,
-        num_ranks=num_ranks,
-        num_micro_batches=num_micro_batches,
-        num_chunks=config.chunks,
-        skips=skips,
+        return lambda _num_ranks, _num_micro_batches: Schedule.parse(path.read_text(encoding="utf-8"))
+    return lambda num_ranks, num_micro_batches: make_schedule(
+        config.schedule, num_ranks=num_ranks, num_micro_batches=num_micro_batches, num_chunks=config.chunks
     )
 
 
