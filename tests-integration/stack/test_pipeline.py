@@ -12,6 +12,7 @@ import pytest
 import torch
 from ds_pipe import Costs, LayerSpec, PipelineModule, TiedLayerSpec, make_greedy_schedule
 from ds_pipe.planned import write_plan
+from ds_pipe.stash import Pop, Stash
 from ds_testkit import Rank, RankPool
 from ds_testkit.processes import RankError
 from ds_testkit.state import Exported, State, assembled, assert_same_bits, exported
@@ -89,7 +90,10 @@ def described(dropout: float = 0.0, *, tied: bool = False) -> PipelineModule:
     if tied:
         first = TiedLayerSpec("words", nn.Embedding, VOCABULARY, WIDTH)
         last = TiedLayerSpec("words", nn.Embedding, VOCABULARY, WIDTH, forward_fn=logits_of)
-    return PipelineModule([first, *(LayerSpec(Block, dropout) for _ in range(6)), last], loss_fn=loss_of)
+    blocks: list[Any] = [LayerSpec(Block, dropout) for _ in range(6)]
+    if tied:
+        blocks = [blocks[0], Stash("early"), *blocks[1:5], Pop("early", torch.add), blocks[5]]
+    return PipelineModule([first, *blocks, last], loss_fn=loss_of)
 
 
 class Setting(NamedTuple):
@@ -102,7 +106,7 @@ class Setting(NamedTuple):
     dropout: float = 0.0
     optimizer: str = "AdamW"
     micro_batches: int = 4  # of a step, over all pipelines
-    tied: bool = False  # whether the head has the embedding's weight
+    tied: bool = False  # whether the head has the embedding's weight, and a value goes past blocks
 
     def config(self) -> dict[str, Any]:
         return {
@@ -124,7 +128,8 @@ class Outcome(NamedTuple):
 
 def train_whole(rank: Rank, setting: Setting) -> Outcome:
     """The same layers as one module, without ds-pipe's engine."""
-    model = described(tied=setting.tied).build(0, 8)
+    layers = described(tied=setting.tied)
+    model = layers.build(0, layers.num_layers)
     engine, _, loader, _ = ds_core.initialize(
         model, config=setting.config(), training_data=Sequences(), group=rank.group
     )
@@ -183,7 +188,9 @@ def test_bits_are_those_of_the_model_in_one_process(ranks: Pools, stage: int, sc
 
 @pytest.mark.parametrize("schedule", ["1f1b", "interleaved", "zb_h1", "zb_v"])
 @pytest.mark.parametrize(("stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "bf16")])
-def test_a_weight_that_two_stages_use(ranks: Pools, stage: int, precision: str, schedule: str) -> None:
+def test_a_weight_of_two_stages_and_a_value_past_stages(
+    ranks: Pools, stage: int, precision: str, schedule: str
+) -> None:
     want = ranks.run(train_whole, Setting(tied=True, precision=precision), size=1)
     for pipeline, data in ((2, 1), (2, 2), (4, 1)):
         setting = Setting(stage=stage, ranks=pipeline, schedule=schedule, tied=True, precision=precision)
@@ -229,7 +236,7 @@ class Looked(NamedTuple):
     weights: dict[str, Tensor]
     bias: Tensor | str
     group_rates: list[float]
-    refused: str
+    refused: list[str]
 
 
 def look_around(rank: Rank, folder: str) -> Looked:
@@ -262,11 +269,12 @@ def look_around(rank: Rank, folder: str) -> Looked:
         engine(torch.zeros(1))
     with pytest.raises(RuntimeError, match="train_batch"):
         engine.step()
-    try:
-        engine.train_batch(iter([]))
-        refused = ""
-    except ValueError as error:
-        refused = str(error)
+    refused = []
+    for source in (iter([]), engine.training_dataloader):
+        try:
+            engine.train_batch(source)
+        except ValueError as error:
+            refused.append(str(error))
     return Looked(
         evaluated, sorted(path.name for path in Path(folder).iterdir()), weights, bias, engine.get_lr(), refused
     )
@@ -295,8 +303,71 @@ def test_evaluation_weights_and_access(ranks: Pools, tmp_path: Path) -> None:
     assert torch.equal(found[3].bias, weights["7.bias"])
     assert found[0].bias == "parameter '7.bias' is on rank 1 of the pipeline, this is rank 0: ask there"
     assert [one.group_rates for one in found] == [found[0].group_rates] * 4
-    # those in the middle of a longer pipeline would not read data
-    assert all("a step takes 2 micro-batches on each pipeline; the data ended after 0" in one.refused for one in found)
+    for one in found:
+        assert "a step takes 2 micro-batches on each pipeline; the data ended after 0" in one.refused[0]
+        assert "a TrainLoader begins anew whenever it is read" in one.refused[1]
+
+
+def train_half(rank: Rank, pipeline: int, schedule: str) -> Outcome:
+    """Train the second half of the layers only."""
+    setting = Setting(stage=1, ranks=pipeline, schedule=schedule)
+    config = {**setting.config(), "pipeline": {"stages": pipeline, "schedule": schedule}}
+
+    def second_half(stage: nn.Module) -> list[dict[str, Any]]:
+        for name, param in stage.named_parameters():
+            param.requires_grad_(int(name.split(".")[0]) >= 5)
+        return [{"params": [param for param in stage.parameters() if param.requires_grad]}]
+
+    engine, *_ = ds_core.initialize(
+        described(), config=config, training_data=Sequences(), model_parameters=second_half, group=rank.group
+    )
+    losses = [engine.train_batch().item() for _ in range(STEPS)]
+    assert engine.get_lr() == [1e-2]
+    return Outcome(losses, [engine.get_global_grad_norm()], exported(engine._sharded))
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_v"])
+def test_ranks_with_nothing_to_train(ranks: Pools, schedule: str) -> None:
+    want = ranks.run(train_half, 1, "1f1b", size=1)
+    for pipeline, data in ((2, 2), (4, 1)):
+        got = ranks.run(train_half, pipeline, schedule, size=pipeline * data)
+        assert_same_bits(whole(got), whole(want))
+        assert all((one.norms, one.losses) == (want[0].norms, want[0].losses) for one in got)
+
+
+def start_badly(rank: Rank, what: str) -> str:
+    settings = Setting(ranks=2).config()
+    given: dict[str, Any] = {"training_data": Sequences()}
+    model = described()
+    if what == "layer":
+        model = PipelineModule([LayerSpec(nn.Linear, 2, 2), LayerSpec(nn.Linear, 2, -2)], loss_fn=loss_of)
+    elif what == "parameters":
+        given["model_parameters"] = [nn.Parameter(torch.zeros(1))]
+    elif what == "optimizer":
+        given["optimizer"] = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    elif what == "stages":
+        settings["pipeline"] = {"stages": 3}
+    try:
+        engine, *_ = ds_core.initialize(model, config=settings, group=rank.group, **given)
+        engine.train_batch(iter([(torch.zeros(2, 6, dtype=torch.long),) * 2] * 4) if rank.rank else None)
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+    return "nothing"
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("layer", "RuntimeError: Trying to create tensor with negative dimension"),
+        ("parameters", "leave model_parameters out to train all"),
+        ("optimizer", "pass a function that makes the optimizer"),
+        ("stages", "a pipeline of 3 ranks: 2 ranks are no whole number of pipelines"),
+        ("sources", "some ranks pass data_iter and others leave it to training_data"),
+    ],
+)
+def test_a_bad_start_ends_all_ranks(ranks: Pools, what: str, text: str) -> None:
+    for said in ranks.run(start_badly, what, size=2):
+        assert text in said
 
 
 def train_as_planned(rank: Rank, path: str) -> Outcome:
@@ -312,13 +383,13 @@ def test_a_plan_is_followed(ranks: Pools, tmp_path: Path) -> None:
     costs = Costs.uniform(4, forward=2.0, input_grad=3.0, weight_grad=1.0, latency=0.5)
     schedule = make_greedy_schedule(costs, num_ranks=2, num_micro_batches=4, placement=[0, 1, 1, 0])
     path = tmp_path / "it.plan.json"
-    write_plan(path, schedule, [0, 1, 4, 6, 8])
+    write_plan(path, schedule, [0, 1, 4, 7, 10])
     want = ranks.run(train_whole, Setting(tied=True), size=1)
     got = ranks.run(train_as_planned, str(path), size=2)
     assert_same_bits(whole(got), whole(want))
     assert got[0].norms == want[0].norms[-1:]
     write_plan(path, schedule, [0, 1, 4, 6, 9])
-    with pytest.raises(RankError, match="the plan cuts 9 layers into 4 stages; the model has 8 layers"):
+    with pytest.raises(RankError, match="the plan cuts 9 layers into 4 stages; the model has 10 layers"):
         ranks.run(train_as_planned, str(path), size=2)
 
 

@@ -4,7 +4,8 @@
 Every stage of a rank is a partitioned model of its own, because its backward passes are counted by themselves: they
 come in the order of a schedule. Norms are put together over stages and ranks from exact sums, see ``GradNorm.squares``,
 so that they have the bits of the norm over the same parts in one process. The optimizer that users see is that of the
-rank's first trained stage; the others' settings follow it at each step.
+rank's first trained stage; the others' settings follow it at each step. A rank none of whose stages is trained has an
+optimizer over nothing, with another rank's settings.
 """
 
 from __future__ import annotations
@@ -53,14 +54,20 @@ class Chunks:
         chunks: The partitioned stages of this rank, by stage.
         control: The ranks of the pipeline.
         axes: Who it shares the pipeline and the data with.
+        num_micro_batches: That a step takes.
     """
 
-    def __init__(self, chunks: Mapping[int, Sharded], control: Control, axes: Axes) -> None:
+    def __init__(self, chunks: Mapping[int, Sharded], control: Control, axes: Axes, *, num_micro_batches: int) -> None:
         self.module = nn.ModuleDict({str(stage): chunk.module for stage, chunk in chunks.items()})
         self._chunks = chunks
         self._control = control
         self._trained = [chunk for chunk in chunks.values() if chunk.optimizer is not None]
         self.optimizer = self._trained[0].optimizer if self._trained else None
+        self._num_micro_batches = num_micro_batches
+        self.has_run = False  # whether there were passes since the last step
+        settings = everybody(control, _settings(self.optimizer))
+        if self.optimizer is None and any(row is not None for row in settings):
+            self.optimizer = _optimizer_over_nothing(next(row for row in settings if row is not None))
         self._num_data_ranks = axes.num_data_ranks
         own = {name: [*shape] for chunk in chunks.values() for name, shape in chunk.state().shapes.items()}
         shapes = everybody(control, own)
@@ -125,16 +132,20 @@ class Chunks:
     @property
     def micro_batches(self) -> int:
         """Micro-batches since the last step: backward passes of each trained stage."""
-        return max((chunk.micro_batches for chunk in self._trained), default=0)
+        if not self._trained:
+            return self._num_micro_batches if self.has_run else 0
+        return max(chunk.micro_batches for chunk in self._trained)
 
     def step(self, scale: float = 1.0) -> None:
         """Update all stages with the mean gradient times ``scale``, and drop the gradients; all ranks call it."""
         for chunk in self._trained:
             self._follow(chunk)
             chunk.step(scale)
+        self.has_run = False
 
     def drop_gradients(self) -> None:
         """Forget all gradients since the last step."""
+        self.has_run = False
         for chunk in self._chunks.values():
             chunk.drop_gradients()
 
@@ -171,6 +182,25 @@ class _Row(NamedTuple):
     squares: Sequence[float]
     culprit: str | None
     micro_batches: int
+
+
+def _settings(optimizer: torch.optim.Optimizer | None) -> list[Json] | None:
+    """Return what of an optimizer's parameter groups is plain values; None where there is none."""
+    if optimizer is None:
+        return None
+    return [
+        {
+            key: value
+            for key, value in group.items()
+            if isinstance(value, (bool, int, float, str)) and key not in _OWN_KEYS
+        }
+        for group in optimizer.param_groups
+    ]
+
+
+def _optimizer_over_nothing(settings: Sequence[Mapping[str, Any]]) -> torch.optim.Optimizer:
+    """Return an optimizer without parameters, for schedules of the learning rate to work on."""
+    return torch.optim.SGD([{**group, "params": []} for group in settings], lr=0.0)
 
 
 def _merged(first: Json, second: Json) -> Any:

@@ -73,6 +73,7 @@ class PipelineEngine(Engine):
         )
         self._running = running
         self._own_data: Iterator[Any] | None = None  # of training_dataloader
+        self._sources_agree = False
         self.set_gradient_accumulation_boundary(is_boundary=True)  # each call of the pipeline is a step
 
     # Whole steps #
@@ -81,14 +82,15 @@ class PipelineEngine(Engine):
         """Do one optimizer step; all ranks call it.
 
         Args:
-            data_iter: Yields micro-batches ``(inputs, targets)`` of this rank's data; read on the ranks of the first
-                and of the last stage, which have to see the same ones. None: goes round ``training_data``.
+            data_iter: An iterator of micro-batches ``(inputs, targets)`` of this rank's data; read on the ranks of the
+                first and of the last stage, which have to see the same ones. None, on all ranks: goes round
+                ``training_data``.
 
         Returns:
             The mean loss of the step over all micro-batches and all pipelines, on every rank; float32, 0D.
 
         Raises:
-            ValueError: There is no data, or it ends within a step; nothing was changed.
+            ValueError: There is no data, or it ends within a step, or it is no iterator; nothing was changed.
             PipelineError: A message did not come, or a stage raised.
 
         Example:
@@ -98,19 +100,20 @@ class PipelineEngine(Engine):
             >>> PipelineEngine.train_batch.__name__  # see the README of ds-pipe for a whole program
             'train_batch'
         """
+        self._check_sources(data_iter)
         self.module.train()
-        batches = self._draw(data_iter)
+        batches = self._draw(self._rounds() if data_iter is None and self._reads else data_iter)
         found = self._running.pipeline.train(batches, scale=self._scale.scale)
         self._scaled = self._sharded.micro_batches
         losses = [float(loss) for loss in found]
         super().step()
         return self._mean(losses)
 
-    def eval_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+    def eval_batch(self, data_iter: Iterator[Any]) -> Tensor:
         """Return the mean loss of as many micro-batches as a step takes, with no backward pass; all ranks call it.
 
         Args:
-            data_iter: As for :meth:`train_batch`.
+            data_iter: An iterator as for :meth:`train_batch`, of other data: what it yields is used up.
         """
         training = self.module.training
         self.module.eval()
@@ -154,14 +157,38 @@ class PipelineEngine(Engine):
 
     # Helpers #
 
-    def _draw(self, data_iter: Iterator[Any] | None) -> Batches:
+    def _check_sources(self, data_iter: Iterator[Any] | None) -> None:
+        """Refuse inputs from one source and targets from another; at the first step, where all ranks are asked."""
+        if self._sources_agree:
+            return
+        source = ("training_data" if data_iter is None else "data_iter") if self._reads else None
+        rows = everybody(self._running.control, source)
+        if len(set(rows) - {None}) > 1:
+            raise ValueError(
+                f"some ranks pass data_iter and others leave it to training_data: {rows}, by rank; the ranks of the "
+                "first and of the last stage have to read the same micro-batches"
+            )
+        self._sources_agree = True
+
+    @property
+    def _reads(self) -> bool:
+        """Whether this rank needs micro-batches."""
+        return self._running.has_first or self._running.has_last
+
+    def _draw(self, source: Iterator[Any] | None) -> Batches:
         """Take the micro-batches of one step, as far as this rank needs them."""
         number, axes, running = self._policy.accumulation, self._running.axes, self._running
         first = self._counters.micro_steps
         keys = [(first + index) * axes.num_data_ranks + axes.data_rank for index in range(number)]
-        if not (running.has_first or running.has_last):
+        if not self._reads:
             return Batches((), (), keys)
-        source = self._rounds() if data_iter is None else data_iter
+        if source is None:
+            raise ValueError("an evaluation reads data of its own: pass an iterator of pairs (inputs, targets)")
+        if iter(source) is not source:
+            raise ValueError(
+                f"a {type(source).__name__} begins anew whenever it is read: pass an iterator over it, made once, "
+                "iter(...), and a new one when it has ended"
+            )
         drawn = [pair for _, pair in zip(range(number), source)]
         if len(drawn) < number:
             raise ValueError(f"a step takes {number} micro-batches on each pipeline; the data ended after {len(drawn)}")
@@ -177,7 +204,7 @@ class PipelineEngine(Engine):
     def _rounds(self) -> Iterator[Any]:
         loader = self.training_dataloader
         if loader is None:
-            raise ValueError("there is no data: pass data_iter, or training_data to initialize()")
+            raise ValueError("there is no data: pass an iterator, or training_data to initialize()")
         if self._own_data is None:
             self._own_data = chain.from_iterable(loader for _ in count())
         return self._own_data

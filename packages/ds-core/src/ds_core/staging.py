@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING
 import torch
 import torch.distributed as dist
 
-from ._control import Control, everybody, make_control
+from ._control import make_control, together
 from .chunks import Chunks
 from .collaborators import Given, make_partitioner, make_pipelines, optimizer_maker, param_groups, wrapped
 from .pipeline_engine import Running
 from .process_group import message_device
 
 if TYPE_CHECKING:
+    from ._control import Control
     from .axes import Axes
     from .config import Config
     from .pipeline_protocols import StagedModel
@@ -47,19 +48,21 @@ class StageVerbs:
         chunks: The stages of this rank, partitioned.
     """
 
-    def __init__(self, chunks: Mapping[int, Sharded]) -> None:
+    def __init__(self, chunks: Chunks) -> None:
         self._chunks = chunks
 
     def unshard(self, stage: int) -> None:
         """Make the parameters of a stage whole."""
-        self._chunks[stage].unshard(self._chunks[stage].module)
+        self._chunks.unshard(self._chunks.module[str(stage)])
 
     def reshard(self, stage: int) -> None:
         """Give back what :meth:`unshard` made whole."""
-        self._chunks[stage].reshard(self._chunks[stage].module)
+        self._chunks.reshard(self._chunks.module[str(stage)])
 
     def reduce(self, stage: int) -> None:
-        """Nothing is left to do: each micro-batch is reduced as its backward pass ends, in the order of the one sum."""
+        """Send nothing: each micro-batch is reduced as its backward pass ends, in the order of the one sum."""
+        del stage
+        self._chunks.has_run = True
 
 
 def shard_stages(
@@ -76,19 +79,25 @@ def shard_stages(
         control: All ranks.
 
     Raises:
-        ValueError: The optimizer is no function; or a rank has nothing to train.
+        ValueError: The optimizer, or what is to be trained, is given as something else than a function.
     """
     if isinstance(given.optimizer, torch.optim.Optimizer):
         raise ValueError(
             "the parameters of a model in stages are made in initialize(): pass a function that makes the optimizer "
             f"from parameter groups, got a {type(given.optimizer).__name__}"
         )
-    stages = make_pipelines(settings, context).cut(
-        model,
-        rank=axes.pipe_rank,
-        num_ranks=axes.num_pipe_ranks,
-        num_micro_batches=settings.gradient_accumulation_steps,
-    )
+    if given.model_parameters is not None and not callable(given.model_parameters):
+        raise ValueError(
+            "the parameters of a model in stages are made in initialize(): leave model_parameters out to train all "
+            "that require a gradient, or pass a function that takes a stage and returns parameter groups"
+        )
+    with together(control):
+        stages = make_pipelines(settings, context).cut(
+            model,
+            rank=axes.pipe_rank,
+            num_ranks=axes.num_pipe_ranks,
+            num_micro_batches=settings.gradient_accumulation_steps,
+        )
     partitioner = make_partitioner(settings, replace(context, partial=True))
     sharded: dict[int, Sharded] = {}
     for stage, module in stages.modules.items():
@@ -98,19 +107,7 @@ def shard_stages(
         maker = optimizer_maker(settings, given.optimizer, groups, context) if trains else None
         sharded[stage] = wrapped(partitioner.shard(module, maker, groups if trains else []), settings)
     pipe_control = make_control(axes.pipe, message_device(axes.pipe, context.device))
-    chunks = Chunks(sharded, pipe_control, axes)
-    _check_all_train(chunks, control)
-    pipeline = stages.connect(axes.pipe, StageVerbs(sharded), seed=settings.seed)
+    chunks = Chunks(sharded, pipe_control, axes, num_micro_batches=settings.gradient_accumulation_steps)
+    pipeline = stages.connect(axes.pipe, StageVerbs(chunks), seed=settings.seed)
     running = Running(pipeline, axes, control, has_first=stages.has_first, has_last=stages.has_last)
     return chunks, running
-
-
-def _check_all_train(chunks: Chunks, control: Control) -> None:
-    """Refuse a model that is trained on some ranks only: the others would not come to a step."""
-    trained = everybody(control, chunks.optimizer is not None)
-    if any(trained) and not all(trained):
-        idle = [rank for rank, trains in enumerate(trained) if not trains]
-        raise ValueError(
-            f"no parameter of the stages of ranks {idle} is trained: cut the model otherwise (partition_method), so "
-            "that each rank has one"
-        )

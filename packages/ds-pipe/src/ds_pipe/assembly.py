@@ -135,7 +135,12 @@ def _place(modules: Modules, name: str) -> tuple[nn.Module, str]:
             owner = module.get_submodule(inner)
             if attribute in owner._parameters:
                 return owner, attribute
-    raise ValueError(f"a tied weight is a parameter; there is no {name} among those of {list(modules)}")
+            names = ", ".join(own for own, _ in module.named_parameters()) or "none"
+            raise ValueError(
+                f"a tied weight is a parameter; layer {path} has no parameter {name.removeprefix(f'{path}.')!r}, "
+                f"it has {names}: say which, TiedLayerSpec(..., tied_weight_attr=...)"
+            )
+    raise ValueError(f"a tied weight is a parameter; there is no {name} in the layers {list(modules)}")
 
 
 def _share(ties: Mapping[str, Tie], indices: range, own: Modules) -> None:

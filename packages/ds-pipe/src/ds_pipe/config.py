@@ -12,8 +12,8 @@ class PipeConfig:
 
     stages: int | Literal["auto"] | None = None
     """Ranks of one pipeline; None and ``auto``: as the model says, or all."""
-    schedule: str = "1f1b"
-    """A fixed schedule: see :func:`ds_pipe.make_schedule`."""
+    schedule: str | None = None
+    """A fixed schedule: see :func:`ds_pipe.make_schedule`; None: ``1f1b``, where no file says otherwise."""
     chunks: int | None = None
     """Stages on each rank, for schedules that leave it open; None: as few as they can have."""
     schedule_file: str | None = None
@@ -26,7 +26,9 @@ class PipeConfig:
     def __post_init__(self) -> None:
         if self.timeout <= 0:
             raise ValueError(f"timeout must be a positive number of seconds, got {self.timeout}")
-        if self.plan is not None and self.schedule_file is not None:
-            raise ValueError(f"plan = {self.plan!r} and schedule_file = {self.schedule_file!r} both say when; keep one")
+        said = {"schedule": self.schedule, "schedule_file": self.schedule_file, "plan": self.plan}
+        both = [f"{key} = {value!r}" for key, value in said.items() if value is not None]
+        if len(both) > 1:
+            raise ValueError(f"{' and '.join(both)} each say what the schedule is; keep one")
         if self.chunks is not None and self.chunks < 1:
             raise ValueError(f"chunks must be a positive number of stages, got {self.chunks}")

@@ -138,6 +138,7 @@ class Pipeline:
             raise ValueError(f"rank {self.rank} has to lend {sorted(lent)}; got {sorted(lends)}")
         splits = splits_backward(schedule)
         self.schedule = schedule
+        self._of = _of_all(group)
         self._lends = lends
         self._copies = parameters is not None  # what is lent: the owner may free it before it is given back
         self._stages = {
@@ -215,11 +216,11 @@ class Pipeline:
         """Tell all ranks; raise what says where this one was, unless that was before the first instruction."""
         where = step.where(self._row)
         kind = "" if isinstance(error, MessageError) else f"{type(error).__name__}: "
-        text = f"rank {self.rank} failed {where}: {kind}{error}"
+        text = f"rank {self.rank}{self._of} failed {where}: {kind}{error}"
         lost = [error.peer] if isinstance(error, MessageError) else []
         cause = text if self._alarm is None else self._alarm.raise_all(text, lost)
         if cause != text:
-            text = f"rank {self.rank} ends {where}: {kind}{error}\nbecause {cause}"
+            text = f"rank {self.rank}{self._of} ends {where}: {kind}{error}\nbecause {cause}"
         if step.at >= 0:
             raise PipelineError(text) from error
 
@@ -299,6 +300,13 @@ class Pipeline:
 
     def _step(self, step: _Step, one: Instruction) -> None:
         """The optimizer is the caller's."""
+
+
+def _of_all(group: dist.ProcessGroup | None) -> str:
+    """Return which pipeline this is, where there are ranks besides."""
+    if group is None or dist.get_world_size(group) == dist.get_world_size():
+        return ""
+    return f" of the pipeline of ranks {', '.join(map(str, dist.get_process_group_ranks(group)))}"
 
 
 def _by_target(schedule: Schedule, stage: int) -> list[Skip]:

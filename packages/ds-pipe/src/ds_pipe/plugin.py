@@ -190,9 +190,12 @@ class PipePlugin:
 def _configured(config: PipeConfig) -> MakeSchedule:
     if config.schedule_file is not None:
         path = Path(config.schedule_file)
+        if not path.is_file():
+            raise ValueError(f"schedule_file = {config.schedule_file!r}: there is no such file")
         return lambda _num_ranks, _num_micro_batches: Schedule.parse(path.read_text(encoding="utf-8"))
+    name = config.schedule or "1f1b"
     return lambda num_ranks, num_micro_batches: make_schedule(
-        config.schedule, num_ranks=num_ranks, num_micro_batches=num_micro_batches, num_chunks=config.chunks
+        name, num_ranks=num_ranks, num_micro_batches=num_micro_batches, num_chunks=config.chunks
     )
 
 

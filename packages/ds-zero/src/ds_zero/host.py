@@ -120,6 +120,7 @@ class HostCollectives:
         self.rank = members.index(dist.get_rank(group))
         self.size = len(members)
         self._group = group
+        self._names = [dist.get_global_rank(group, member) for member in members]  # as users know them
         self._first = members[0]
         self._sockets = sockets
         self._kernels = kernels
@@ -230,14 +231,14 @@ class HostCollectives:
             for peer in late:
                 if peer in self._ended:
                     raise PeerLostError(
-                        f"rank {peer} has ended while rank {self.rank} waits for it in a collective: its own output "
-                        "says why"
+                        f"rank {self._names[peer]} has ended while rank {self._names[self.rank]} waits for it in a "
+                        "collective: its own output says why"
                     )
             left = deadline - time.monotonic()
             if left <= 0:
                 raise TimeoutError(
-                    f"rank {self.rank} waited {self._timeout:g} s for rank{'s' * (len(late) > 1)} "
-                    f"{', '.join(map(str, late))} in collective {call.ready.turn} over buffer "
+                    f"rank {self._names[self.rank]} waited {self._timeout:g} s for rank{'s' * (len(late) > 1)} "
+                    f"{', '.join(str(self._names[peer]) for peer in late)} in collective {call.ready.turn} over buffer "
                     f"{call.ready.call // _VERBS}: {'not joined' if call.unready else 'joined, but did not read'}"
                 )
             waited = self._timeout - left
@@ -246,9 +247,9 @@ class HostCollectives:
                 _logger.warning(
                     "rank %d has waited %.0f s for %s in a collective; ZeroConfig.watchdog_timeout ends such a wait "
                     "and says where they are",
-                    self.rank,
+                    self._names[self.rank],
                     waited,
-                    shown(f"rank {peer}" for peer in late),
+                    shown(f"rank {self._names[peer]}" for peer in late),
                 )
             self._serve(min(left, notice - waited))
 
