@@ -30,7 +30,10 @@ print(json.dumps([time.perf_counter() - start, len(cubin)]))
 def measure(name: str, arch: str, folder: str) -> tuple[float, int]:
     """Return the milliseconds of the first use of one kernel in a new process, and the bytes of its machine code."""
     command = [sys.executable, "-c", ONE, name, arch, folder]
-    seconds, size = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"a process of its own ended with {done.returncode}:\n{done.stderr}")
+    seconds, size = json.loads(done.stdout)
     return seconds * 1e3, size
 
 

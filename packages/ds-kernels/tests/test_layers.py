@@ -338,3 +338,19 @@ def test_what_does_not_fit_is_named():
         TransformerConfig(hidden_size=24, heads=3, attn_dropout_ratio=1.0)
     with pytest.raises(ValueError, match="norm must be 'layer_norm' or 'rms_norm'; got 'batch_norm'"):
         TransformerConfig(hidden_size=24, heads=3, norm="batch_norm")
+    with pytest.raises(ValueError, match="hidden_size must be a positive whole number; got 0"):
+        TransformerConfig(hidden_size=0, heads=3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "mask", "message"),
+    [
+        ((TOKENS, HIDDEN), None, r"hidden_states must be \[batch, tokens, \d+\], none of them 0; got \[\d+, \d+\]"),
+        ((0, TOKENS, HIDDEN), None, r"none of them 0; got \[0, "),
+        ((2, TOKENS, HIDDEN), torch.ones(2, TOKENS, dtype=torch.bool), r"goes in as mask\[:, None, None\]"),
+        ((2, TOKENS, HIDDEN), torch.ones(2, 1, 1, TOKENS, dtype=torch.long), r"got torch.int64; .* pass mask.bool\(\)"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(shape, mask, message):
+    with pytest.raises(ValueError, match=message):
+        made()(torch.zeros(shape), mask)

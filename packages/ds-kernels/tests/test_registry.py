@@ -199,7 +199,7 @@ def test_a_backend_that_cannot_run_here_says_why(install):
 def test_a_built_in_name_means_the_built_in_backend(install):
     install("acme-kernels", "reference")
     owner = Registry()
-    assert owner.backends()["reference"].provider == "built in"
+    assert "what acme-kernels offers by this name is never used" in owner.backends()["reference"].provider
     assert isinstance(owner.use("reference").__enter__(), ReferenceBackend)
     assert "acme_kernels" not in sys.modules
 
@@ -245,3 +245,27 @@ def test_a_backend_given_comes_before_the_chosen_one():
 def test_a_name_that_is_no_op_is_an_error():
     with pytest.raises(ValueError, match="no kernel backend has an op 'adamv'"):
         Registry().kernel("adamv", CPU, torch.float32)
+
+
+def test_the_choice_can_be_automatic_again_and_entered_again(cpu):
+    owner = Registry()
+    chosen = owner.use("reference")
+    with owner.use(None):
+        assert owner.provider(*ADAMW) == "cpu"
+    assert owner.provider(*ADAMW) == "reference"
+    with chosen:
+        pass
+    assert owner.provider(*ADAMW) == "cpu"
+    with chosen as backend:
+        assert backend.name == owner.provider(*ADAMW) == "reference"
+    assert owner.provider(*ADAMW) == "cpu"
+
+
+def test_a_plugin_that_cannot_be_built_is_named(install):
+    source = GOOD.replace("return ReferenceBackend()", "raise OSError('boom')")
+    install("broken-kernels", "broken", source)
+    with pytest.raises(RuntimeError, match=r"'broken' of broken-kernels .* cannot be built: OSError: boom"):
+        Registry().use("broken")
+    install("empty-kernels", "empty", GOOD.replace("return ReferenceBackend()", "return object()"))
+    with pytest.raises(RuntimeError, match=r"'empty' of empty-kernels .* has no attribute 'unusable'"):
+        Registry().use("empty")

@@ -100,6 +100,13 @@ def _build(offer: Offer) -> KernelBackend:
             f"{where} speaks version {version} of the role, this package version {ROLE_VERSION}; install "
             "releases that belong together"
         )
-    config = None if plugin.config_type is None else plugin.config_type()
-    backend: KernelBackend = plugin.build(config, PlainContext(device=torch.get_default_device()))
+    try:
+        config = None if plugin.config_type is None else plugin.config_type()
+        backend: KernelBackend = plugin.build(config, PlainContext(device=torch.get_default_device()))
+        backend.unusable()  # whatever it says: a backend without it is found out here
+    except Exception as error:
+        raise RuntimeError(
+            f"{where} ({offer.point.value}) cannot be built: {type(error).__name__}: {error}; its settings need "
+            "defaults, and what it builds has to play the role KernelBackend"
+        ) from error
     return backend

@@ -63,6 +63,9 @@ class TransformerConfig:
     """``layer_norm`` or ``rms_norm``; the latter has no biases."""
 
     def __post_init__(self) -> None:
+        for name, size in (("hidden_size", self.hidden_size), ("heads", self.heads)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name} must be a positive whole number; got {size!r}")
         if self.hidden_size % self.heads:
             raise ValueError(f"heads must divide hidden_size={self.hidden_size}; got {self.heads}")
         if self.activation not in ("gelu", "gelu_tanh", "swiglu"):
@@ -145,7 +148,11 @@ class TransformerLayer(nn.Module):
 
         Returns:
             Like ``hidden_states``.
+
+        Raises:
+            ValueError: An argument is of another shape or kind.
         """
+        self._check(hidden_states, attention_mask)
         x, mask, last_norm = hidden_states, attention_mask, (self.norm_w, self.norm_b)
         if self.config.pre_layer_norm:
             attended = self._attention(self._normalized(x, *last_norm)[0], mask)
@@ -153,6 +160,26 @@ class TransformerLayer(nn.Module):
             return self._added(self._feed_forward(normalized), self.output_b, x)
         x, _ = self._joined(self._attention(x, mask), self.attn_ob, x, self.attn_nw, self.attn_nb)
         return self._joined(self._feed_forward(x), self.output_b, x, *last_norm)[0]
+
+    def _check(self, x: Tensor, mask: Tensor | None) -> None:
+        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size or not x.numel():  # noqa: PLR2004 - three dimensions
+            raise ValueError(
+                f"hidden_states must be [batch, tokens, {self.config.hidden_size}], none of them 0; got {list(x.shape)}"
+            )
+        if mask is None:
+            return
+        wanted = [x.shape[0], self.config.heads, x.shape[1], x.shape[1]]
+        sizes = [1] * (len(wanted) - mask.dim()) + list(mask.shape)
+        if mask.dim() > len(wanted) or any(size not in (1, want) for size, want in zip(sizes, wanted)):
+            raise ValueError(
+                f"attention_mask must be broadcastable to [batch, heads, tokens, tokens], {wanted}; got "
+                f"{list(mask.shape)}; a mask [batch, tokens] of the tokens that are seen goes in as mask[:, None, None]"
+            )
+        if mask.dtype != torch.bool and not mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask must be bool, or of numbers to be added to the scores; got {mask.dtype}; where 1 stands "
+                "for a token that is seen, pass mask.bool()"
+            )
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """Return what the tokens see, mapped into the residual."""

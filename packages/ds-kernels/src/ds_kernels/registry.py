@@ -106,12 +106,12 @@ class Registry:
         """Return the name of the backend that :meth:`kernel` takes ``op`` from."""
         return self._find_kernel(op, device, dtype).backend
 
-    def use(self, name: str) -> Use:
+    def use(self, name: str | None) -> Use:
         """Choose the backend ``name`` from now on; as a context manager, until the block ends.
 
         Args:
             name: ``cpu``, ``cutlass``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution
-                offers. The built-in names always mean the built-in backends.
+                offers. The built-in names always mean the built-in backends. None: the choice is automatic.
 
         Returns:
             A context manager that gives the backend, and puts back what was chosen before this call.
@@ -120,13 +120,18 @@ class Registry:
             ValueError: If no installed distribution offers ``name``, or more than one does.
             RuntimeError: If the backend cannot run here, cannot be loaded, or speaks another role version.
         """
-        backend = self._find(name)
-        reason = backend.unusable()
+        backend = None if name is None else self._find(name)
+        reason = None if backend is None else backend.unusable()
         if reason is not None:
             raise RuntimeError(f"the kernel backend {name!r} cannot run here: {reason}")
         undo = Use(self, backend, self._chosen)
         self.put_back(backend)
         return undo
+
+    @property
+    def chosen(self) -> KernelBackend | None:
+        """The backend that :meth:`use` named; None: the choice is automatic."""
+        return self._chosen
 
     def put_back(self, backend: KernelBackend | None) -> None:
         """Make ``backend`` the choice again; None makes it automatic. Paired with :meth:`use`."""
@@ -142,7 +147,11 @@ class Registry:
                 reason: str | None = "offered by more than one distribution; uninstall all but one"
             else:
                 reason = self._loaded[name].unusable() if name in self._loaded else None
-            infos.setdefault(name, BackendInfo(name, ", ".join(wheels), reason))
+            offered = ", ".join(wheels)
+            if name in _BUILT_IN:
+                infos[name] = infos[name]._replace(provider=f"built in; what {offered} offers by this name is never used")
+            else:
+                infos[name] = BackendInfo(name, offered, reason)
         return infos
 
     def _find(self, name: str) -> KernelBackend:
@@ -178,20 +187,26 @@ class Registry:
 
 
 class Use:
-    """A choice that can be undone: leaving the block puts back what was chosen before."""
+    """A choice that can be undone: leaving the block puts back what was chosen before. It may be entered again."""
 
-    def __init__(self, owner: Registry, backend: KernelBackend, before: KernelBackend | None) -> None:
+    def __init__(self, owner: Registry, backend: KernelBackend | None, before: KernelBackend | None) -> None:
         self._owner = owner
         self._backend = backend
         self._before = before
+        self._left = False
 
-    def __enter__(self) -> KernelBackend:
+    def __enter__(self) -> KernelBackend | None:
+        if self._left:
+            self._before = self._owner.chosen
+            self._owner.put_back(self._backend)
+            self._left = False
         return self._backend
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._owner.put_back(self._before)
+        self._left = True
 
 
 class Lookup(dict[tuple[torch.device, torch.dtype], Callable[..., Any]]):
@@ -238,12 +253,12 @@ def backends() -> dict[str, BackendInfo]:
     return registry().backends()
 
 
-def use_backend(name: str) -> Use:
+def use_backend(name: str | None) -> Use:
     """Choose the kernel backend of this process; see :meth:`Registry.use`.
 
     Args:
         name: ``cpu``, ``cutlass``, ``nvrtc``, ``triton``, ``reference``, or a name that an installed distribution
-            offers.
+            offers. None: the choice is automatic.
 
     Returns:
         A context manager; leaving it puts the earlier choice back. Not entering it makes the choice last.
