@@ -6,8 +6,9 @@
     python -m benchmarks.pipeline --rate 100mbit --dim 1024 --parts 1 1 1 1 --contenders 1f1b zb_v DDP
 
 All contenders live in the same two processes, one thread each, and take turns, in random order; a sample is one step
-between two barriers, the optimizer's (SGD) included. *floor*: each rank trains half of the layers on
-given inputs, both at once, and waits for nobody. Greedy schedules are made for what was measured beforehand.
+between two barriers, the optimizer's (SGD) included. Samples during which others used the machine do not count, where
+enough are left. *floor*: each rank trains half of the layers on given inputs, both at once, and waits for nobody. Greedy
+schedules are made for what was measured beforehand. *bubble* leaves out the optimizer.
 """
 
 from __future__ import annotations
@@ -52,13 +53,12 @@ def table(options: argparse.Namespace, report: dict[str, Any]) -> str:
     """Return Markdown."""
     latency, speed = report.pop("link")
     numel = report.pop("numel")
-    rounds = len(report["floor"]["seconds"])
     medians = {name: statistics.median(row["seconds"]) for name, row in report.items()}
     columns = ["contender", "median step (s)", "quartiles", "x floor", "simulated (s)", "bubble", "simulated"]
-    columns.append("points")
+    columns += ["points", "samples"]
     lines = [
         f"### {numel / 1e6:.1f} M parameters, blocks {' + '.join(map(str, options.parts))}, {MICRO_BATCHES} "
-        f"micro-batches of {options.tokens} tokens, {options.rate or 'loopback'}, {rounds} samples each",
+        f"micro-batches of {options.tokens} tokens, {options.rate or 'loopback'}",
         "",
         f"A message of {4 * options.tokens * options.dim / 1e3:.0f} kB: {latency * 1e6:.0f} us + its bytes at "
         f"{speed / 1e6:.0f} MB/s, measured while nothing else ran.",
@@ -73,7 +73,8 @@ def table(options: argparse.Namespace, report: dict[str, Any]) -> str:
             apart = row["measured bubble"] - row["simulated bubble"]
             cells += [f"{row['simulated seconds']:.3f}", f"{row['measured bubble']:.1%}"]
             cells += [f"{row['simulated bubble']:.1%}", f"{100 * apart:+.1f}"]
-        lines.append(f"| {' | '.join(cells)} " + "| " * (len(columns) - len(cells)) + "|")
+        cells += [""] * (len(columns) - 1 - len(cells)) + [str(len(row["seconds"]))]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", f"greedy: `{report['greedy']['schedule'].splitlines()[0]}`", ""])
 
 
