@@ -7,8 +7,8 @@
 
 All contenders live in the same two processes, one thread each, and take turns, in random order; a sample is one step
 between two barriers, the optimizer's (SGD) included. Samples during which others used the machine do not count, where
-enough are left. *floor*: each rank trains half of the layers on given inputs, both at once, and waits for nobody. Greedy
-schedules are made for what was measured beforehand. *bubble* leaves out the optimizer.
+enough are left. *floor*: each rank trains half of the layers on given inputs, both at once, and waits for nobody.
+Greedy schedules are made for what was measured beforehand. *bubble* leaves out the optimizer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from ds_testkit.programs import free_port
 from .rank import run
 from .work import MICRO_BATCHES
 
-LIMIT = 150.0  # seconds
+LIMIT = 200.0  # seconds
 DEFAULT = ["gpipe", "1f1b", "interleaved", "bfs", "zb", "torch", "Deep"]
 
 

@@ -338,7 +338,7 @@ def test_what_does_not_fit_is_named():
         TransformerConfig(hidden_size=24, heads=3, attn_dropout_ratio=1.0)
     with pytest.raises(ValueError, match="norm must be 'layer_norm' or 'rms_norm'; got 'batch_norm'"):
         TransformerConfig(hidden_size=24, heads=3, norm="batch_norm")
-    with pytest.raises(ValueError, match="hidden_size must be a positive whole number; got 0"):
+    with pytest.raises(ValueError, match="hidden_size must be positive; got 0"):
         TransformerConfig(hidden_size=0, heads=3)
 
 

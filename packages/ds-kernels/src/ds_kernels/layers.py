@@ -64,8 +64,8 @@ class TransformerConfig:
 
     def __post_init__(self) -> None:
         for name, size in (("hidden_size", self.hidden_size), ("heads", self.heads)):
-            if not isinstance(size, int) or size < 1:
-                raise ValueError(f"{name} must be a positive whole number; got {size!r}")
+            if size < 1:
+                raise ValueError(f"{name} must be positive; got {size!r}")
         if self.hidden_size % self.heads:
             raise ValueError(f"heads must divide hidden_size={self.hidden_size}; got {self.heads}")
         if self.activation not in ("gelu", "gelu_tanh", "swiglu"):
@@ -162,7 +162,7 @@ class TransformerLayer(nn.Module):
         return self._joined(self._feed_forward(x), self.output_b, x, *last_norm)[0]
 
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
-        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size or not x.numel():  # noqa: PLR2004 - three dimensions
+        if x.dim() != 3 or x.shape[-1] != self.config.hidden_size or not x.numel():
             raise ValueError(
                 f"hidden_states must be [batch, tokens, {self.config.hidden_size}], none of them 0; got {list(x.shape)}"
             )

@@ -147,11 +147,7 @@ class Registry:
                 reason: str | None = "offered by more than one distribution; uninstall all but one"
             else:
                 reason = self._loaded[name].unusable() if name in self._loaded else None
-            offered = ", ".join(wheels)
-            if name in _BUILT_IN:
-                infos[name] = infos[name]._replace(provider=f"built in; what {offered} offers by this name is never used")
-            else:
-                infos[name] = BackendInfo(name, offered, reason)
+            infos.setdefault(name, BackendInfo(name, ", ".join(wheels), reason))
         return infos
 
     def _find(self, name: str) -> KernelBackend:
