@@ -177,8 +177,8 @@ class TransformerLayer(nn.Module):
             )
         if mask.dtype != torch.bool and not mask.is_floating_point():
             raise ValueError(
-                f"attention_mask must be bool, or of numbers to be added to the scores; got {mask.dtype}; where 1 stands "
-                "for a token that is seen, pass mask.bool()"
+                f"attention_mask must be bool, or of numbers to be added to the scores; got {mask.dtype}; where 1 "
+                "stands for a token that is seen, pass mask.bool()"
             )
 
     def _attention(self, x: Tensor, mask: Tensor | None) -> Tensor:
