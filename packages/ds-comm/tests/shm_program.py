@@ -45,10 +45,20 @@ def leave(rank: int) -> None:
 def be_interrupted(rank: int) -> None:
     store = dist.distributed_c10d._get_default_store()
     if rank == 1:
-        threading.Timer(0.2, signal.raise_signal, (signal.SIGINT,)).start()
+        waits = threading.Event()
+        waits.set()
+
+        def keep_raising() -> None:
+            time.sleep(3)  # it has joined the barrier by then, also on a machine with other work
+            while waits.is_set():  # an exception may be lost where it comes upon a destructor
+                signal.raise_signal(signal.SIGINT)
+                time.sleep(2)
+
+        threading.Thread(target=keep_raising, daemon=True).start()
         try:
             dist.barrier()
         except KeyboardInterrupt:
+            waits.clear()
             sys.stdout.write("interrupted\n")
         store.set("interrupted", "yes")
     else:
