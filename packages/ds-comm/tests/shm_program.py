@@ -45,20 +45,11 @@ def leave(rank: int) -> None:
 def be_interrupted(rank: int) -> None:
     store = dist.distributed_c10d._get_default_store()
     if rank == 1:
-        waits = threading.Event()
-        waits.set()
-
-        def keep_raising() -> None:
-            time.sleep(3)  # it has joined the barrier by then, also on a machine with other work
-            while waits.is_set():  # an exception may be lost where it comes upon a destructor
-                signal.raise_signal(signal.SIGINT)
-                time.sleep(2)
-
-        threading.Thread(target=keep_raising, daemon=True).start()
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background may ignore it
+        threading.Timer(1.0, signal.raise_signal, (signal.SIGINT,)).start()
         try:
             dist.barrier()
         except KeyboardInterrupt:
-            waits.clear()
             sys.stdout.write("interrupted\n")
         store.set("interrupted", "yes")
     else:
