@@ -7,6 +7,7 @@ nobody below asks the configuration anything.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -29,6 +30,7 @@ from .staging import num_pipeline_ranks, shard_stages
 if TYPE_CHECKING:
     from .config import Source
     from .pipeline_protocols import StagedModel
+    from .protocols import Sharded
 
 
 class Training(NamedTuple):
@@ -97,27 +99,20 @@ def initialize(
         configuration.announce(settings)
     context = make_context(settings, axes.data, device)
     control = make_control(group, message_device(group, device))
+    make: Callable[..., Engine]
+    sharded: Sharded
     if isinstance(model, nn.Module):
-        sharded = shard_whole(model, given, settings, context)
-        fit = outfit(sharded, given, settings, axes=axes, device=device, control=control)
-        engine = Engine(
-            sharded,
-            fit.policy,
-            scale=fit.scale,
-            vault=fit.vault,
-            lr_scheduler=fit.lr_scheduler,
-            training_dataloader=fit.training_dataloader,
-        )
+        make, sharded = Engine, shard_whole(model, given, settings, context)
     else:
         sharded, running = shard_stages(model, given, settings, context, axes=axes, control=control)
-        fit = outfit(sharded, given, settings, axes=axes, device=device, control=control)
-        engine = PipelineEngine(
-            sharded,
-            fit.policy,
-            running,
-            scale=fit.scale,
-            vault=fit.vault,
-            lr_scheduler=fit.lr_scheduler,
-            training_dataloader=fit.training_dataloader,
-        )
+        make = partial(PipelineEngine, running=running)
+    fit = outfit(sharded, given, settings, axes=axes, device=device, control=control)
+    engine = make(
+        sharded,
+        fit.policy,
+        scale=fit.scale,
+        vault=fit.vault,
+        lr_scheduler=fit.lr_scheduler,
+        training_dataloader=fit.training_dataloader,
+    )
     return Training(engine, sharded.optimizer, fit.training_dataloader, fit.lr_scheduler)
