@@ -1,0 +1,134 @@
+"""Blocks of parameters: how a tensor is cut into them, and put together again.
+
+[Note: Blocks]
+A parameter is cut along one dimension into V blocks, equally large, by the *cut*: a dimension and *sections*, the sizes
+of the matrices that lie one behind the other in it (one, or three in a fused projection of queries, keys and values).
+Block b has the b-th of V equal parts of every section. It is an ordinary parameter, and its name has the number that
+it has among all blocks, ``weight_2``: so ranks that have other blocks have parameters of other names, as stages of a
+pipeline do, and whatever keeps state by name does not care how many ranks there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .sums import Ranks
+
+
+class Cut(NamedTuple):
+    """See [Note: Blocks]."""
+
+    dim: int
+    sections: tuple[int, ...]  # add up to the size in ``dim``
+
+    def block(self, whole: Tensor, index: int, num_blocks: int) -> Tensor:
+        """Return a contiguous copy of one block.
+
+        Example:
+            >>> whole = torch.arange(8).view(8, 1)
+            >>> Cut(0, (4, 4)).block(whole, 1, 2).flatten()
+            tensor([2, 3, 6, 7])
+        """
+        parts = [
+            section.narrow(self.dim, index * (size // num_blocks), size // num_blocks)
+            for section, size in zip(whole.split(self.sections, self.dim), self.sections, strict=True)
+        ]
+        return torch.cat(parts, self.dim)
+
+    def whole(self, blocks: Sequence[Tensor]) -> Tensor:
+        """Put all blocks together again.
+
+        Example:
+            >>> whole, cut = torch.arange(8), Cut(0, (4, 4))
+            >>> bool((cut.whole([cut.block(whole, index, 4) for index in range(4)]) == whole).all())
+            True
+        """
+        sizes = [size // len(blocks) for size in self.sections]
+        parts = [block.split(sizes, self.dim) for block in blocks]
+        return torch.cat([part[section] for section in range(len(sizes)) for part in parts], self.dim)
+
+
+class Blocks:
+    """Cuts the parameters of one model, and keeps this rank's blocks.
+
+    Args:
+        num_blocks: V of [Note: Tree over blocks].
+        ranks: That have them.
+
+    Raises:
+        ValueError: The number is no power of two, or less than there are ranks.
+
+    Example:
+        >>> blocks = Blocks(2, Ranks())
+        >>> [list(block.shape) for block in blocks.of(nn.Parameter(torch.ones(4, 3)), Cut(0, (4,)), "weight")]
+        [[2, 3], [2, 3]]
+    """
+
+    def __init__(self, num_blocks: int, ranks: Ranks) -> None:
+        if num_blocks < 1 or num_blocks & (num_blocks - 1):
+            raise ValueError(f"a layer is split into a power of two of blocks (1, 2, 4, ...); got {num_blocks}")
+        if num_blocks % ranks.size:
+            raise ValueError(
+                f"{ranks.size} tensor-parallel ranks do not divide {num_blocks} blocks: take more blocks or fewer ranks"
+            )
+        self.num_blocks = num_blocks
+        self.ranks = ranks
+        self.count = num_blocks // ranks.size  # of this rank
+        self.indices = range(ranks.rank * self.count, (ranks.rank + 1) * self.count)
+        self.made: dict[nn.Parameter, list[nn.Parameter]] = {}  # blocks of this rank, by what they were cut from
+        self.cuts: dict[nn.Parameter, Cut] = {}
+
+    def of(self, param: nn.Parameter, cut: Cut, name: str) -> list[nn.Parameter]:
+        """Return this rank's blocks of ``param``, the same ones whenever it is asked for.
+
+        Args:
+            param: Whole.
+            cut: How.
+            name: For messages.
+
+        Raises:
+            ValueError: It does not come out even, or the parameter is tied to another one that is cut otherwise.
+        """
+        known = self.cuts.setdefault(param, cut)
+        if known != cut:
+            raise ValueError(
+                f"{name} is tied to a weight that is split along dimension {known.dim} into sections "
+                f"{list(known.sections)}; got dimension {cut.dim} and sections {list(cut.sections)}: split both alike, "
+                "or neither"
+            )
+        if param not in self.made:
+            self.check(cut, name)
+            self.made[param] = [
+                nn.Parameter(cut.block(param.detach(), index, self.num_blocks), requires_grad=param.requires_grad)
+                for index in self.indices
+            ]
+        return self.made[param]
+
+    def check(self, cut: Cut, name: str, together: int = 1) -> None:
+        """Raise unless each section comes to V equal parts of whole runs of ``together`` elements."""
+        for size in cut.sections:
+            if size % (self.num_blocks * together):
+                each = f" of {together} each" if together > 1 else ""
+                what = f"{size // together} heads" if together > 1 else f"{size} elements in dimension {cut.dim}"
+                raise ValueError(
+                    f"{name}: {what}{each} cannot be cut into {self.num_blocks} equal blocks: take fewer blocks, or "
+                    "leave the layer whole (partition_type 'skip')"
+                )
+
+    def names(self, attribute: str) -> list[str]:
+        """Return what this rank's blocks of an attribute are called."""
+        return [block_name(attribute, index) for index in self.indices]
+
+
+def block_name(attribute: str, index: int) -> str:
+    """Return what one block of an attribute is called.
+
+    Example:
+        >>> block_name("weight", 2)
+        'weight_2'
+    """
+    return f"{attribute}_{index}"
