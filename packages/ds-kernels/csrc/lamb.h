@@ -41,27 +41,41 @@ inline double sum_of_leaves(double (*rows)[kHalfLeaf]) {
     return ((leaf[0] + leaf[1]) + (leaf[2] + leaf[3])) + ((leaf[4] + leaf[5]) + (leaf[6] + leaf[7]));
 }
 
-// Elements at ... at + n, at most half a leaf, whose squares are put into the sums, or added to them.
-template <bool add>
-inline void lamb_moments_of_half(const ds_kernels::StepBlock& block, const ds_kernels::LambScalars& s, std::size_t at,
-                                 std::size_t n, double* weights, double* directions) {
-    const float* const param = block.param + at;
-    const float* const grad = block.grad + at;
-    float* const exp_avg = block.states[0] + at;
-    float* const exp_avg_sq = block.states[1] + at;
+struct LambSquares {
+    double weight;
+    double direction;
+};
 
+// Updates the moments of element i; returns the squares of its weight and direction.
+inline LambSquares lamb_moments_at(const ds_kernels::StepBlock& block, const ds_kernels::LambScalars& s, std::size_t i) {
+    const float g = block.grad[i] * s.scale;
+    const float p = block.param[i];
+    const float m = lerp(block.states[0][i], g, s.grad_weight);
+    const float v = __builtin_fmaf(s.one_minus_beta2 * g, g, block.states[1][i] * s.beta2);
+    block.states[0][i] = m;
+    block.states[1][i] = v;
+    const double weight = p;
+    const double direction = lamb_direction(p, m, v, s);
+    return {weight * weight, direction * direction};
+}
+
+// The part of a block that one leaf covers: n elements, 64 but at the end of an array.
+inline void lamb_moments_of_leaf(const ds_kernels::StepBlock& block, const ds_kernels::LambScalars& s, std::size_t n,
+                                 double* weights, double* directions) {
+    const std::size_t pairs = n > kHalfLeaf ? n - kHalfLeaf : 0;
 #pragma omp simd
-    for (std::size_t i = 0; i < n; ++i) {
-        const float g = grad[i] * s.scale;
-        const float p = param[i];
-        const float m = lerp(exp_avg[i], g, s.grad_weight);
-        const float v = __builtin_fmaf(s.one_minus_beta2 * g, g, exp_avg_sq[i] * s.beta2);
-        exp_avg[i] = m;
-        exp_avg_sq[i] = v;
-        const double weight = p;
-        const double direction = lamb_direction(p, m, v, s);
-        weights[i] = weight * weight + (add ? weights[i] : 0.0);
-        directions[i] = direction * direction + (add ? directions[i] : 0.0);
+    for (std::size_t i = 0; i < pairs; ++i) {
+        const LambSquares low = lamb_moments_at(block, s, i);
+        const LambSquares high = lamb_moments_at(block, s, i + kHalfLeaf);
+        weights[i] = low.weight + high.weight;
+        directions[i] = low.direction + high.direction;
+    }
+    const std::size_t lone = n < kHalfLeaf ? n : kHalfLeaf;
+#pragma omp simd
+    for (std::size_t i = pairs; i < lone; ++i) {
+        const LambSquares low = lamb_moments_at(block, s, i);
+        weights[i] = low.weight;
+        directions[i] = low.direction;
     }
 }
 
@@ -80,14 +94,12 @@ inline void lamb_moments(const ds_kernels::StepBlock& block, const ds_kernels::L
     }
     for (std::size_t leaf = 0; leaf * kLeaf < block.n; ++leaf) {
         const std::size_t at = leaf * kLeaf;
-        const std::size_t left = block.n - at;
-        if (left >= kLeaf) {
-            lamb_moments_of_half<false>(block, s, at, kHalfLeaf, weights[leaf], directions[leaf]);
-            lamb_moments_of_half<true>(block, s, at + kHalfLeaf, kHalfLeaf, weights[leaf], directions[leaf]);
+        const ds_kernels::StepBlock rest{block.param + at, block.grad + at, {block.states[0] + at, block.states[1] + at},
+                                         block.n - at};
+        if (rest.n >= kLeaf) {
+            lamb_moments_of_leaf(rest, s, kLeaf, weights[leaf], directions[leaf]);  // a constant: unrolled
         } else {
-            const std::size_t first = left < kHalfLeaf ? left : kHalfLeaf;
-            lamb_moments_of_half<false>(block, s, at, first, weights[leaf], directions[leaf]);
-            lamb_moments_of_half<true>(block, s, at + first, left - first, weights[leaf], directions[leaf]);
+            lamb_moments_of_leaf(rest, s, rest.n, weights[leaf], directions[leaf]);
         }
     }
     squares[0] = sum_of_leaves(weights);
