@@ -29,7 +29,6 @@ from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_
 from torch.nn.parallel import DistributedDataParallel
 
 WIDTHS = {"3.3M": 1024, "25M": 2896}  # three square layers
-BATCH = 16
 HYPER = {"lr": 1e-5, "eps": 1e-3}  # some gradients are zero when variances freeze
 LOCAL = 4  # local steps of 0/1 Adam
 ROUND = 16  # local steps of DiLoCo
@@ -112,7 +111,7 @@ def measure(options: argparse.Namespace) -> None:
     dist.init_process_group("gloo", init_method="env://")
     names = [name for name in CONTENDERS if any(part in name for part in options.contenders)]
     contenders = {name: CONTENDERS[name](WIDTHS[options.size]) for name in names}
-    batch = torch.randn(BATCH, WIDTHS[options.size])
+    batch = torch.randn(options.batch, WIDTHS[options.size])
     numel = sum(param.numel() for param in mlp(WIDTHS[options.size]).parameters())
     for contender in contenders.values():
         for _ in range(contender.warm_up * contender.steps):
@@ -141,14 +140,14 @@ def measure(options: argparse.Namespace) -> None:
 # Both, and the table #
 
 
-def table(rate: str, size: str, reports: Sequence[dict[str, Any]]) -> list[str]:
+def table(rate: str, size: str, batch: int, reports: Sequence[dict[str, Any]]) -> list[str]:
     first = reports[0]
     medians = {name: max(statistics.median(report["seconds"][name]) for report in reports) for name in first["seconds"]}
     turns = len(first["seconds"]["floor"])
     lines = [
         f"## {size}, {rate}",
         "",
-        f"{first['numel'] / 1e6:.1f} M parameters, batches of {BATCH}; {turns} turns each.",
+        f"{first['numel'] / 1e6:.1f} M parameters, batches of {batch}; {turns} turns each.",
         "",
         "| contender | bytes/parameter/step sent | ms/step | DDP / it |",
         "|---|---|---|---|",
@@ -163,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rates", nargs="+", default=["100mbit", "1gbit"])
     parser.add_argument("--size", choices=WIDTHS, default="3.3M")
+    parser.add_argument("--batch", type=int, default=16, help="of each rank: more of it, more to compute")
     parser.add_argument("--contenders", nargs="+", default=[""], help="parts of names")
     parser.add_argument("--seconds", type=float, default=30.0, help="per rate; after these a last turn ends")
     parser.add_argument("--out", type=Path, help="Markdown file to which tables are appended")
@@ -181,10 +181,11 @@ def main() -> None:
         "",
     ]
     for rate in options.rates:
-        program = [sys.executable, "-W", "ignore", __file__, "--rank", "--size", options.size]
-        program += ["--seconds", str(options.seconds), "--contenders", *options.contenders]
+        numbers = ("--batch", str(options.batch), "--seconds", str(options.seconds))
+        program = [sys.executable, "-W", "ignore", __file__, "--rank", "--size", options.size, *numbers]
+        program += ["--contenders", *options.contenders]
         with slow_link.SlowLink(rate) as link:
-            lines += table(rate, options.size, link.run(program, timeout=options.seconds + 120))
+            lines += table(rate, options.size, options.batch, link.run(program, timeout=options.seconds + 120))
     text = "\n".join(lines)
     print(text)
     if options.out is not None:

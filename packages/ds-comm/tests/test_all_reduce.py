@@ -26,13 +26,12 @@ def values(rank: int, step: int, numel: int) -> Tensor:
 class Call(NamedTuple):
     out: Tensor
     worker: Tensor
-    server: Tensor
     residual: Tensor
     traffic: Traffic
 
 
-def reduce_steps(rank: Rank, numel: int, steps: int, loaded: Tensor | None = None) -> list[Call]:
-    reducer = CompressedAllReduce(numel, SignCodec(BLOCK), group=rank.group)
+def reduce_steps(rank: Rank, numel: int, steps: int, loaded: Tensor | None = None, chunk: int = 1 << 20) -> list[Call]:
+    reducer = CompressedAllReduce(numel, SignCodec(BLOCK), group=rank.group, chunk=chunk)
     if loaded is not None:
         reducer.load_residual(loaded)
     calls = []
@@ -41,9 +40,8 @@ def reduce_steps(rank: Rank, numel: int, steps: int, loaded: Tensor | None = Non
         before, out = x.clone(), torch.full_like(x, float("nan"))
         assert reducer.reduce(x, out)
         assert torch.equal(x, before)
-        errors = (reducer.worker_error.clone(), reducer.server_error.clone())
         counted = Traffic(reducer.traffic.sent, reducer.traffic.received, reducer.traffic.calls)
-        calls.append(Call(out, *errors, reducer.residual(), counted))
+        calls.append(Call(out, reducer.worker_error.clone(), reducer.residual(), counted))
     return calls
 
 
@@ -54,9 +52,9 @@ def coded(x: Tensor) -> Tensor:
 
 @pytest.mark.rung_c
 @pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("numel", [0, 1, 7, 64, 101])
-def test_equals_the_equations_in_one_process(ranks: RankPool, size: int, numel: int) -> None:
-    calls = ranks.run(reduce_steps, numel, 4, size=size)
+@pytest.mark.parametrize(("numel", "chunk"), [(0, 9), (1, 1), (7, 9), (64, 64), (101, 101), (101, 1), (101, 40)])
+def test_equals_the_equations_in_one_process(ranks: RankPool, size: int, numel: int, chunk: int) -> None:
+    calls = ranks.run(reduce_steps, numel, 4, None, chunk, size=size)
     workers, server = [torch.zeros(numel, dtype=torch.float64) for _ in range(size)], torch.zeros(numel).double()
     for step in range(4):
         if size == 1:
@@ -73,8 +71,19 @@ def test_equals_the_equations_in_one_process(ranks: RankPool, size: int, numel: 
             torch.testing.assert_close(calls[rank][step].out.double(), expected, rtol=1e-5, atol=1e-6)
             torch.testing.assert_close(calls[rank][step].worker.double(), workers[rank], rtol=1e-5, atol=1e-6)
             assert torch.equal(calls[rank][step].out, calls[0][step].out)
-        joined = torch.cat([calls[rank][step].server for rank in range(size)])
-        torch.testing.assert_close(joined.double(), server, rtol=1e-5, atol=1e-6)
+            residual = torch.stack(workers).mean(0) + server
+            torch.testing.assert_close(calls[rank][step].residual.double(), residual, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.rung_c
+@pytest.mark.parametrize("size", [2, 3])
+def test_the_bits_are_the_same_whatever_the_chunks(ranks: RankPool, size: int) -> None:
+    whole, cut = (ranks.run(reduce_steps, 333, 3, None, chunk, size=size) for chunk in (333, 50))
+    for rank in range(size):
+        for one, other in zip(whole[rank], cut[rank], strict=True):
+            assert torch.equal(one.out, other.out)
+            assert torch.equal(one.worker, other.worker)
+    assert cut[0][-1].traffic.calls > whole[0][-1].traffic.calls
 
 
 @pytest.mark.rung_c
@@ -114,13 +123,13 @@ def test_bytes_are_two_payloads_less_what_stays(ranks: RankPool, size: int) -> N
     assert exact < last.sent <= exact + last.calls * (size - 1) * 16  # a flag, and padding to 16 bytes
 
 
-def reduce_with_a_bad_rank(rank: Rank, bad: float) -> tuple[list[bool], list[Tensor], list[Tensor]]:
-    reducer = CompressedAllReduce(100, SignCodec(BLOCK), group=rank.group)
+def reduce_with_a_bad_rank(rank: Rank, bad: float, chunk: int) -> tuple[list[bool], list[Tensor], list[Tensor]]:
+    reducer = CompressedAllReduce(100, SignCodec(BLOCK), group=rank.group, chunk=chunk)
     good, outs, errors = [], [], []
     for step in range(3):
         x = values(rank.rank, step, 100)
         if step == 1 and rank.rank == 1:
-            x[17] = bad
+            x[77] = bad
         out = torch.full_like(x, 5.0)
         good.append(reducer.reduce(x, out))
         outs.append(out)
@@ -130,8 +139,9 @@ def reduce_with_a_bad_rank(rank: Rank, bad: float) -> tuple[list[bool], list[Ten
 
 @pytest.mark.rung_c
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_a_rank_that_is_not_finite_changes_nothing_anywhere(ranks: RankPool, bad: float) -> None:
-    for good, outs, errors in ranks.run(reduce_with_a_bad_rank, bad, size=3):
+@pytest.mark.parametrize("chunk", [20, 100])
+def test_a_rank_that_is_not_finite_changes_nothing_anywhere(ranks: RankPool, bad: float, chunk: int) -> None:
+    for good, outs, errors in ranks.run(reduce_with_a_bad_rank, bad, chunk, size=3):
         assert good == [True, False, True]
         assert bool((outs[1] == 5.0).all())
         torch.testing.assert_close(errors[1], errors[0], rtol=0, atol=1e-6)
@@ -163,6 +173,7 @@ def test_is_finite(numbers: list[float]) -> None:
     ("call", "message"),
     [
         (lambda: CompressedAllReduce(-1, SignCodec()), "must not be negative; got -1"),
+        (lambda: CompressedAllReduce(4, SignCodec(), chunk=0), "at least one element; got 0"),
         (lambda: CompressedAllReduce(4, SignCodec()).reduce(torch.zeros(5)), r"of shape \(4,\); got .*\(5,\)"),
         (lambda: CompressedAllReduce(4, SignCodec()).reduce(torch.zeros(4).double()), "got torch.float64"),
         (lambda: CompressedAllReduce(4, SignCodec()).reduce(torch.zeros(8)[::2]), r"strides \(2,\)"),

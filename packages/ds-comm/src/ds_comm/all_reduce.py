@@ -1,4 +1,4 @@
-"""The mean over ranks of one flat buffer, in two collectives of compressed payloads or exactly.
+"""The mean over ranks of one flat buffer, in compressed payloads or exactly.
 
 [Note: Compressed all-reduce]
 Each rank is the server of one slice. It codes every slice of its own values plus its *worker error*, and sends each to
@@ -15,31 +15,48 @@ after loading, it lies in the server errors.
 
 The last byte of a rank's message to each server says whether its values are finite. If some rank's are not, no rank
 sends a second message, and every rank puts its error back, to rounding: a bad step leaves nothing behind.
+
+A long buffer goes in chunks, each with a slice for every server: while one is under way the next is coded, so that a
+call takes the longer of coding and sending instead of both. Codes are by block, and a chunk ends where a block does:
+the result has the same bits whatever the chunks.
 """
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from itertools import pairwise
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .messages import exchanges
 from .traffic import Traffic
 
 if TYPE_CHECKING:
     from .codec import Codec
 
 _ALIGNMENT = 16  # bytes: messages to different ranks begin at multiples of it
+_CHUNK = 1 << 20  # elements: a millisecond's coding, and at 100 Mbit/s a few milliseconds' bytes
+
+
+class _Chunk(NamedTuple):
+    """A part of the buffer whose messages go together."""
+
+    slices: list[slice]  # of the buffer, by rank that serves them
+    own: slice  # of the server's memory: what this rank serves
+    sent: Tensor  # messages, [ranks, bytes]: to the servers
+    received: Tensor  # from all ranks
+    means: Tensor  # from the servers
 
 
 class CompressedAllReduce:
     """Mean over ranks of one flat float32 buffer, with error feedback; see [Note: Compressed all-reduce].
 
-    Each rank sends and receives about ``2 (N - 1) / N`` times the payload of the whole buffer, in two collective
-    operations. A group of one rank sends and loses nothing. Memory: 4 bytes per element for the worker error, ``8 / N``
-    for the server error and the mean, two payloads.
+    Each rank sends and receives about ``2 (N - 1) / N`` times the payload of the whole buffer, in two exchanges for
+    each chunk. A group of one rank sends and loses nothing. Memory: 4 bytes per element for the worker error,
+    ``4 / N`` for the server error, three payloads, and ``4 / N`` bytes per element of a chunk.
 
     Args:
         numel: Elements of the buffer, the same on all ranks.
@@ -47,9 +64,10 @@ class CompressedAllReduce:
         group: The ranks: gloo, MPI or NCCL. None: all ranks, or this process alone where there is no process group.
         device: Where the buffers lie: one that the group's backend serves.
         traffic: Where bytes are counted; None: a counter of its own.
+        chunk: About how many elements are coded and sent together.
 
     Raises:
-        ValueError: ``numel`` is negative.
+        ValueError: ``numel`` is negative, or ``chunk`` is not positive.
 
     Example:
         >>> from .codecs import BlockCodec
@@ -72,23 +90,34 @@ class CompressedAllReduce:
         group: dist.ProcessGroup | None = None,
         device: torch.device | None = None,
         traffic: Traffic | None = None,
+        chunk: int = _CHUNK,
     ) -> None:
         if numel < 0:
             raise ValueError(f"numel must not be negative; got {numel}")
+        if chunk < 1:
+            raise ValueError(f"chunk must be at least one element; got {chunk}")
         self._group, self._codec = group, codec
         self.rank, self.size = place_in(group)
         self.traffic = Traffic() if traffic is None else traffic
-        per_rank = -(-numel // (self.size * codec.block)) * codec.block
-        self._slices = [
-            slice(min(rank * per_rank, numel), min((rank + 1) * per_rank, numel)) for rank in range(self.size)
-        ]
-        own = self._slices[self.rank]
         self.worker_error = torch.zeros(numel, device=device)
-        self.server_error = torch.zeros(own.stop - own.start, device=device)
-        self._mean = torch.empty_like(self.server_error)
-        message = -(-(codec.payload_bytes(per_rank) + 1) // _ALIGNMENT) * _ALIGNMENT if self.size > 1 else 0
-        self._sent = torch.zeros(self.size, message, dtype=torch.uint8, device=device)
-        self._received = torch.zeros_like(self._sent)
+        self._chunks: list[_Chunk] = []
+        unit, served = self.size * codec.block, 0
+        length = -(-chunk // unit) * unit
+        for start in range(0, max(numel, 1), length):
+            self._chunks.append(self._lay_out(start, min(length, numel - start), served))
+            served = self._chunks[-1].own.stop
+        self.server_error = torch.zeros(served, device=device)
+        self._mean = torch.empty(max(part.own.stop - part.own.start for part in self._chunks), device=device)
+
+    def _lay_out(self, start: int, numel: int, served: int) -> _Chunk:
+        per_rank = -(-numel // (self.size * self._codec.block)) * self._codec.block
+        ends = [start + min(rank * per_rank, numel) for rank in range(self.size + 1)]
+        slices = [slice(*pair) for pair in pairwise(ends)]
+        own = slice(served, served + slices[self.rank].stop - slices[self.rank].start)
+        payload = self._codec.payload_bytes(per_rank) + 1
+        message = -(-payload // _ALIGNMENT) * _ALIGNMENT if self.size > 1 else 0
+        messages = torch.zeros(3, self.size, message, dtype=torch.uint8, device=self.worker_error.device)
+        return _Chunk(slices, own, *messages)
 
     def reduce(self, x: Tensor, out: Tensor | None = None) -> bool:
         """Write the mean of all ranks' ``x`` into ``out``. All ranks call it.
@@ -110,22 +139,37 @@ class CompressedAllReduce:
         finite = is_finite(x)
         if self.size == 1:
             return self._alone(x, out) if finite else False
-        self._encode(x, finite=finite)
-        self._exchange(first=True)
-        if not bool(self._received[:, -1].all()):
+        expect = exchanges(self._group, x.device.type)
+        first = [expect(chunk.received) for chunk in self._chunks]
+        for chunk, exchange in zip(self._chunks, first, strict=True):
+            self._encode(chunk, x, finite=finite)
+            exchange.send(chunk.sent)
+            self._count(chunk)
+        first[0].wait()
+        if not bool(self._chunks[0].received[:, -1].all()):
+            for exchange in first[1:]:
+                exchange.wait()
             if finite:
                 self._take_back(x)
             return False
-        self._serve()
-        self._exchange(first=False)
-        for part, message in zip(self._slices, self._received, strict=True):
-            self._codec.decode(self._payload(message, part), out[part])
+        second = [expect(chunk.means) for chunk in self._chunks]
+        for index, (chunk, exchange) in enumerate(zip(self._chunks, second, strict=True)):
+            if index:
+                first[index].wait()
+            self._serve(chunk)
+            exchange.spread(chunk.sent[0])
+            self._count(chunk)
+        for chunk, exchange in zip(self._chunks, second, strict=True):
+            exchange.wait()
+            for part, message in zip(chunk.slices, chunk.means, strict=True):
+                self._codec.decode(self._payload(message, part), out[part])
         return True
 
     def residual(self) -> Tensor:
         """Return what is still to be sent, ``[numel]``, the same on all ranks; new memory. All ranks call it."""
         total = self.worker_error / self.size
-        total[self._slices[self.rank]] += self.server_error
+        for chunk in self._chunks:
+            total[chunk.slices[self.rank]] += self.server_error[chunk.own]
         if self.size > 1:
             dist.all_reduce(total, group=self._group)
         return total
@@ -145,7 +189,8 @@ class CompressedAllReduce:
                 "belongs to a buffer of another length"
             )
         self.worker_error.zero_()
-        self.server_error.copy_(residual[self._slices[self.rank]])
+        for chunk in self._chunks:
+            self.server_error[chunk.own] = residual[chunk.slices[self.rank]]
 
     def forget(self) -> None:
         """Set the errors to zero: what was not sent is lost."""
@@ -157,30 +202,28 @@ class CompressedAllReduce:
         self.forget()
         return True
 
-    def _encode(self, x: Tensor, *, finite: bool) -> None:
-        self._sent[:, -1] = int(finite)
+    def _encode(self, chunk: _Chunk, x: Tensor, *, finite: bool) -> None:
+        chunk.sent[:, -1] = int(finite)
         if finite:
-            for part, message in zip(self._slices, self._sent, strict=True):
+            for part, message in zip(chunk.slices, chunk.sent, strict=True):
                 self._codec.encode(x[part], error=self.worker_error[part], payload=self._payload(message, part))
 
     def _take_back(self, x: Tensor) -> None:
-        for part, message in zip(self._slices, self._sent, strict=True):
-            self._codec.accumulate(self._payload(message, part), self.worker_error[part])
+        for chunk in self._chunks:
+            for part, message in zip(chunk.slices, chunk.sent, strict=True):
+                self._codec.accumulate(self._payload(message, part), self.worker_error[part])
         self.worker_error.sub_(x)
 
-    def _serve(self) -> None:
-        own = self._slices[self.rank]
-        self._mean.zero_()
-        for message in self._received:
-            self._codec.accumulate(self._payload(message, own), self._mean, scale=1 / self.size)
-        self._codec.encode(self._mean, error=self.server_error, payload=self._payload(self._sent[0], own))
+    def _serve(self, chunk: _Chunk) -> None:
+        """Code the mean of what has arrived, to row 0 of ``sent``."""
+        own = chunk.slices[self.rank]
+        mean = self._mean[: own.stop - own.start].zero_()
+        for message in chunk.received:
+            self._codec.accumulate(self._payload(message, own), mean, scale=1 / self.size)
+        self._codec.encode(mean, error=self.server_error[chunk.own], payload=self._payload(chunk.sent[0], own))
 
-    def _exchange(self, *, first: bool) -> None:
-        if first:
-            dist.all_to_all_single(self._received.view(-1), self._sent.view(-1), group=self._group)
-        else:
-            dist.all_gather(list(self._received.unbind()), self._sent[0], group=self._group)
-        others = (self.size - 1) * self._sent.shape[1]
+    def _count(self, chunk: _Chunk) -> None:
+        others = (self.size - 1) * chunk.sent.shape[1]
         self.traffic.count(sent=others, received=others)
 
     def _payload(self, message: Tensor, part: slice) -> Tensor:
