@@ -1,4 +1,4 @@
-"""Builds the shared-memory transport where a C++ compiler is found; without one the wheel installs all the same."""
+"""Builds the shared-memory transport and native codes where a C++ compiler is found; it installs without one, too."""
 
 from pathlib import Path
 
@@ -14,16 +14,18 @@ COMPILE = [
     "-g0",
 ]
 
-setup(
-    ext_modules=[
-        Pybind11Extension(
-            "ds_comm._shm",
-            sources=sorted(str(path) for path in Path("csrc/shm").glob("*.cpp")),
-            depends=sorted(str(path) for path in Path("csrc/shm").glob("*.h")),
-            cxx_std=17,
-            extra_compile_args=COMPILE,
-            extra_link_args=["-Wl,--strip-all"],
-            optional=True,
-        )
-    ]
-)
+
+def native(name: str, folder: str) -> Pybind11Extension:
+    """Return the module of the sources in a folder."""
+    return Pybind11Extension(
+        f"ds_comm.{name}",
+        sources=sorted(str(path) for path in Path(folder).glob("*.cpp")),
+        depends=sorted(str(path) for path in Path(folder).glob("*.h")),
+        cxx_std=17,
+        extra_compile_args=COMPILE,
+        extra_link_args=["-Wl,--strip-all"],
+        optional=True,
+    )
+
+
+setup(ext_modules=[native("_shm", "csrc/shm"), native("_codes", "csrc/codes")])

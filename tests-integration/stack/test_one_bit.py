@@ -8,7 +8,7 @@ import ds_core
 import ds_zero
 import pytest
 import torch
-from ds_comm.codecs import BlockCodec, CastCodec
+from ds_comm.codecs import BlockCodec, CastCodec, E8Codec
 from ds_comm.optim import Link
 from ds_comm.optim import OneBitAdam as PlainOneBitAdam
 from ds_comm.optim import OneBitLamb as PlainOneBitLamb
@@ -67,8 +67,8 @@ def gradients_of(worker: int, step: int) -> list[tuple[Tensor, Tensor]]:
     return [(drawn(20, 21), drawn(37)) for _ in range(2)]
 
 
-def codec_of(code: str) -> BlockCodec:
-    return BlockCodec(code=code, block=64)
+def codec_of(code: str) -> BlockCodec | E8Codec:
+    return E8Codec(block=64) if code == "e8" else BlockCodec(code=code, block=64)
 
 
 def sharded_as(
@@ -130,9 +130,11 @@ def against_plain(rank: Rank, code: str, stage: int, micro_batches: int) -> list
 
 
 @pytest.mark.parametrize("size", [1, 2, 4])
-@pytest.mark.parametrize(("stage", "micro_batches"), [(0, 1), (1, 1), (2, 2)])
-def test_every_step_has_the_bits_of_the_plain_loop(ranks: RankPool, stage: int, micro_batches: int, size: int) -> None:
-    found = ranks.run(against_plain, "ternary", stage, micro_batches, size=size)
+@pytest.mark.parametrize(("stage", "micro_batches", "code"), [(0, 1, "e8"), (1, 1, "ternary"), (2, 2, "e8")])
+def test_every_step_has_the_bits_of_the_plain_loop(
+    ranks: RankPool, stage: int, micro_batches: int, code: str, size: int
+) -> None:
+    found = ranks.run(against_plain, code, stage, micro_batches, size=size)
     for seen in found:
         assert len(seen) == 40
         assert all(torch.equal(got, want) for got, want in seen)
@@ -521,7 +523,7 @@ def run_of(
     return losses, weights_of(engine._sharded), (traffic.sent, traffic.received), numbers
 
 
-def one_bit(code: str = "ternary", name: str = "OneBitAdam") -> dict[str, Any]:
+def one_bit(code: str = "e8", name: str = "OneBitAdam") -> dict[str, Any]:
     lr = {"OneBitAdam": 3e-3, "OneBitLamb": 1e-2, "ZeroOneAdam": 3e-3}[name]
     own: dict[str, Any] = {"freeze_step": 20}
     if name == "ZeroOneAdam":
@@ -532,7 +534,7 @@ def one_bit(code: str = "ternary", name: str = "OneBitAdam") -> dict[str, Any]:
 NUMEL = 64 * 256 + 256 + 256 * 64 + 64
 
 
-@pytest.mark.parametrize(("size", "code"), [(2, "ternary"), (4, "sign")])
+@pytest.mark.parametrize(("size", "code"), [(2, "ternary"), (4, "sign"), (4, "e8")])
 def test_a_configuration_of_deepspeed_trains_within_a_quarter_of_a_byte(ranks: RankPool, size: int, code: str) -> None:
     found = ranks.run(run_of, one_bit(code), 60, size=size)
     losses, exact = (
@@ -564,7 +566,7 @@ def test_a_checkpoint_of_four_ranks_goes_on_on_two(ranks: RankPool, tmp_path: An
 def counted(rank: Rank, code: str) -> tuple[int, int, float]:
     """Bytes that all calls of one step send, what the optimizer says of it, and 0.27 bytes for each parameter."""
     traffic = Counted()
-    codec = BlockCodec(code=code, block=256, scale_dtype=torch.float16)
+    codec = E8Codec() if code == "e8" else BlockCodec(code=code, scale_dtype=torch.float16)
     model = nn.Sequential(nn.Linear(128, 256), nn.Linear(256, 128))
     inner = collectives_of(rank.group, kernels=TorchKernels(), device=torch.device("cpu"), host_memory=False)
     sharded = ds_zero.shard(
@@ -585,7 +587,7 @@ def counted(rank: Rank, code: str) -> tuple[int, int, float]:
 
 
 def test_nothing_is_sent_besides_the_codes(ranks: RankPool) -> None:
-    for size, code in ((2, "ternary"), (4, "sign")):
+    for size, code in ((2, "ternary"), (4, "sign"), (4, "e8")):
         for all_bytes, said, allowed in ranks.run(counted, code, size=size):
             assert said <= all_bytes <= allowed
             assert all_bytes - said <= 8 * 2 * size, "two numbers for the norm"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from ds_comm.codecs import BlockCodec, CastCodec, Fp8Codec, HadamardCodec, TopKCodec
+from ds_comm.codecs import BlockCodec, CastCodec, E8Codec, Fp8Codec, HadamardCodec, TopKCodec
 from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -13,6 +13,8 @@ CODECS = {
     **{f"{code} of 192, float16": BlockCodec(code=code, block=192, scale_dtype=torch.float16) for code in CODES},
     "sign, rms": BlockCodec(code="sign", scale="rms"),
     **{f"cast to {dtype}": CastCodec(dtype=dtype) for dtype in FLOATS},
+    "e8": E8Codec(),
+    "e8 of 192": E8Codec(block=192),
     "fp8": Fp8Codec(),
     "fp8, float16": Fp8Codec(block=192, scale_dtype=torch.float16),
     "top 3 of 100": TopKCodec(keep=3, block=100),

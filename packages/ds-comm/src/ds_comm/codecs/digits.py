@@ -83,9 +83,9 @@ def _ternary(rows: Tensor, layout: Layout) -> Coded:
     size = rows.abs()
     mean = _mean(size)
     large = size > mean * _THRESHOLD
-    kept = _sum(large.to(torch.float32))
+    kept = lane_sum(large.to(torch.float32))
     # nothing is kept of zeros, and of what is not finite, which the mean passes on
-    scales = torch.where(kept > 0, _sum(size.masked_fill_(~large, 0)) / kept, mean)
+    scales = torch.where(kept > 0, lane_sum(size.masked_fill_(~large, 0)) / kept, mean)
     values = rows.sign().masked_fill_(~large, 0)
     return Coded((values + 1).to(torch.uint8), values, stored(scales, layout.scale_dtype))
 
@@ -99,7 +99,7 @@ def _integers(rows: Tensor, layout: Layout) -> Coded:
 
 
 def _mean(rows: Tensor) -> Tensor:
-    return _sum(rows) / rows.shape[1]
+    return lane_sum(rows) / rows.shape[1]
 
 
 def _root_mean_square(rows: Tensor) -> Tensor:
@@ -108,7 +108,7 @@ def _root_mean_square(rows: Tensor) -> Tensor:
     return _mean((rows / largest).square_()).sqrt_() * largest
 
 
-def _sum(rows: Tensor) -> Tensor:
+def lane_sum(rows: Tensor) -> Tensor:
     """Return ``[blocks, 1]``: the sum of each row of what is not negative, in the one order."""
     rows = F.pad(rows, (0, -rows.shape[1] % _LANES))
     lanes = rows[:, :_LANES].clone()

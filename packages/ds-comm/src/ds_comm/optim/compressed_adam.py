@@ -6,9 +6,8 @@ from typing import TYPE_CHECKING
 
 from torch.optim.optimizer import ParamsT
 
-from ..codecs import BlockCodec
 from .adam import AdamMoments
-from .link import Link
+from .link import Link, int4_codec
 
 if TYPE_CHECKING:
     from ..codec import Codec
@@ -19,7 +18,7 @@ class CompressedAdam(AdamMoments):
 
     No warm-up: both moments are live from the first step on. ``m`` and ``v`` as in Adam, of the mean gradient as all
     ranks receive it, then ``p -= lr (m / (sqrt(v) + eps) + weight_decay p)`` with corrected moments. For N ranks and
-    the default code, each rank sends and receives ``2 (N - 1) / N`` times 0.52 bytes per parameter and step.
+    the default code, each rank sends and receives ``2 (N - 1) / N`` times 0.53 bytes per parameter and step.
 
     Memory: 16 bytes per parameter (moments, message, worker error, and ``8 / N`` more) and payloads. See
     [Note: Training with these optimizers] in ``base.py``.
@@ -31,7 +30,7 @@ class CompressedAdam(AdamMoments):
         eps: Added to the root of the second moment.
         weight_decay: Times the parameter, added to the update.
         bias_correction: Divide the moments by ``1 - beta**step``.
-        codec: Codes the gradients; None: int4 in blocks of 256.
+        codec: Codes the gradients; None: int4 in blocks of 64, with float16 scales.
         link: The ranks, and what holds for all messages.
 
     Raises:
@@ -70,7 +69,7 @@ class CompressedAdam(AdamMoments):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
         }
-        super().__init__(params, defaults, codec or BlockCodec(code="int4"), link or Link())
+        super().__init__(params, defaults, codec or int4_codec(), link or Link())
 
     def update(self) -> bool:
         """Step the parameters; return False, and change nothing, if some rank's gradients are not finite."""

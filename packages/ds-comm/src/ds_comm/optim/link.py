@@ -1,4 +1,4 @@
-"""How an optimizer communicates."""
+"""How an optimizer communicates, and in what code if nothing else is said."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+
+from ..codecs import BlockCodec
 
 _NONFINITE = ("raise", "skip")
 _EXACT = (torch.float32, torch.bfloat16)
@@ -35,3 +37,16 @@ class Link:
             raise ValueError(f"on_nonfinite must be one of {', '.join(_NONFINITE)}; got {self.on_nonfinite!r}")
         if self.exact_dtype not in _EXACT:
             raise ValueError(f"exact_dtype must be one of {', '.join(map(str, _EXACT))}; got {self.exact_dtype}")
+
+
+def int4_codec() -> BlockCodec:
+    """Return the code of gradients that are used as they come: at most 1.07 bytes an element for both hops.
+
+    A variance that is updated with coded gradients sees what codes add, and that grows with the block: among large
+    elements small ones step by noise. A block whose largest element is below 2e-7 is sent when it has grown to that.
+
+    Example:
+        >>> int4_codec().payload_bytes(1_000_000)
+        531250
+    """
+    return BlockCodec(code="int4", block=64, scale_dtype=torch.float16)

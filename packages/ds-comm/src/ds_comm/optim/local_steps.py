@@ -7,8 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
-from ..codecs import BlockCodec
-from .link import Link
+from .link import Link, int4_codec
 from .rounds import RoundOptimizer
 
 if TYPE_CHECKING:
@@ -21,7 +20,7 @@ class LocalSteps(RoundOptimizer):
     Each rank steps ``inner`` with its own gradients. At the end of a round ``d = mean over ranks of (anchor - p)``,
     compressed with error feedback, is the outer gradient: ``b = momentum b + d``, ``p = anchor - lr (d + momentum b)``.
 
-    An exchange takes, for N ranks and the default code, ``2 (N - 1) / N`` times 0.52 bytes per parameter each way; that
+    An exchange takes, for N ranks and the default code, ``2 (N - 1) / N`` times 0.53 bytes per parameter each way; that
     is divided by ``every``. Memory: 16 bytes per parameter beside ``inner`` (momentum, anchor, message, worker error,
     and ``8 / N`` more).
 
@@ -35,7 +34,7 @@ class LocalSteps(RoundOptimizer):
         every: Steps in a round.
         lr: Learning rate of the outer step.
         momentum: Momentum of the outer step.
-        codec: Codes the outer gradient; None: int4 in blocks of 256.
+        codec: Codes the outer gradient; None: as for :class:`CompressedAdam`.
         link: The ranks, and what holds for all messages.
 
     Raises:
@@ -72,7 +71,7 @@ class LocalSteps(RoundOptimizer):
             raise ValueError(f"every must be at least 1, the steps of a round; got {every}")
         self.inner, self.every = inner, every
         groups = [{"params": list(group["params"])} for group in inner.param_groups]
-        super().__init__(groups, {"lr": lr, "momentum": momentum}, codec or BlockCodec(code="int4"), link or Link())
+        super().__init__(groups, {"lr": lr, "momentum": momentum}, codec or int4_codec(), link or Link())
 
     def update(self) -> bool:
         """Step the parameters; return False if some rank's gradients were not finite in the round."""

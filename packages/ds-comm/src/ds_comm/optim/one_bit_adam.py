@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch.optim.optimizer import ParamsT
 
-from ..codecs import BlockCodec
+from ..codecs import E8Codec
 from .adam import WarmedUpMoments, checked_freeze_step
 from .link import Link
 
@@ -22,8 +22,8 @@ class OneBitAdam(WarmedUpMoments):
     mean with error feedback. Always ``p -= lr (m / (sqrt(v) + eps) + weight_decay p)``.
 
     The warm-up, recommended for 15 to 25 % of all steps, exchanges 8 bytes per parameter, or 4 in bfloat16; for N ranks
-    ``2 (N - 1) / N``, each way, of 4 or 2. Afterwards it is that multiple of 0.22 bytes (ternary), or 0.13 (``sign``
-    with float16 scales).
+    ``2 (N - 1) / N``, each way, of 4 or 2. Afterwards it is that multiple of 0.133 bytes: 1 bit, and a scale for every
+    512 elements; at most 0.266 for any N. (``ternary`` takes 0.22, 0.44 for many ranks, and loses less.)
 
     Memory: 24 bytes per parameter (moments, message, worker error, denominator, and ``8 / N`` more) and payloads.
 
@@ -40,7 +40,7 @@ class OneBitAdam(WarmedUpMoments):
         freeze_step: Last step of the warm-up.
         bias_correction: Divide the moments by ``1 - beta**step``, during the warm-up and once, for good, at its end.
             DeepSpeed has the setting and ignores it.
-        codec: Codes the momentum; None: ternary in blocks of 256.
+        codec: Codes the momentum; None: :class:`~..codecs.E8Codec`, 1 bit with an exact zero.
         link: The ranks, and what holds for all messages.
 
     Raises:
@@ -81,7 +81,7 @@ class OneBitAdam(WarmedUpMoments):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
         }
-        super().__init__(params, defaults, codec or BlockCodec(code="ternary"), link or Link())
+        super().__init__(params, defaults, codec or E8Codec(), link or Link())
 
     def warm_up(self, step: int) -> bool:
         """Step with the mean gradient."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..codecs import BlockCodec
+from ..codecs import E8Codec
 from .adam import WarmedUpMoments, checked_freeze_step
 from .link import Link
 
@@ -47,7 +47,7 @@ class OneBitLamb(WarmedUpMoments):
         factor_max: Largest factor.
         factor_min: Smallest factor.
         factor_threshold: By what part a factor may differ from the last one.
-        codec: Codes the momentum; None: ternary in blocks of 256.
+        codec: Codes the momentum; None: as for :class:`OneBitAdam`.
         link: The ranks, and what holds for all messages.
 
     Raises:
@@ -101,7 +101,7 @@ class OneBitLamb(WarmedUpMoments):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
         }
-        super().__init__(params, defaults, codec or BlockCodec(code="ternary"), link or Link())
+        super().__init__(params, defaults, codec or E8Codec(), link or Link())
 
     # Warm-up #
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..codecs import BlockCodec
+from ..codecs import E8Codec
 from .adam import AdamMoments
 from .link import Link
 from .rounds import RoundOptimizer
@@ -29,8 +29,8 @@ class ZeroOneAdam(AdamMoments, RoundOptimizer):
     ``b = -(sum of lr u) (sqrt(v) + eps)``; then ``m = -b / S`` and ``p = anchor + b / (sqrt(v) + eps)``, with b the
     compressed mean. After ``local_step_scaler`` steps the interval, 1 at first, doubles, up to ``local_step_clipper``.
 
-    Errors are set to zero between the phases. For N ranks an exchange takes ``2 (N - 1) / N`` times 0.22 bytes per
-    parameter each way (ternary); with local steps, divided by the interval.
+    Errors are set to zero between the phases. For N ranks an exchange takes ``2 (N - 1) / N`` times 0.133 bytes
+    per parameter each way; with local steps, divided by the interval.
 
     Memory: 32 bytes per parameter (moments, message, worker error, denominator, sums, anchor, and ``8 / N`` more).
 
@@ -50,7 +50,7 @@ class ZeroOneAdam(AdamMoments, RoundOptimizer):
         local_step_clipper: Largest local interval.
         bias_correction: Divide each moment by ``1 - beta**updates``, until the variance is frozen and once, for good,
             then. DeepSpeed has the setting and ignores it.
-        codec: Codes the messages; None: ternary in blocks of 256.
+        codec: Codes the messages; None: as for :class:`OneBitAdam`.
         link: The ranks, and what holds for all messages.
 
     Raises:
@@ -111,7 +111,7 @@ class ZeroOneAdam(AdamMoments, RoundOptimizer):
             "weight_decay": weight_decay,
             "bias_correction": bias_correction,
         }
-        super().__init__(params, defaults, codec or BlockCodec(code="ternary"), link or Link())
+        super().__init__(params, defaults, codec or E8Codec(), link or Link())
 
     def update(self) -> bool:
         """Step the parameters; return False if some rank's gradients were not finite."""

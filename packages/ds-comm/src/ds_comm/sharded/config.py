@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from ..codecs import BlockCodec
+from ..codecs import BlockCodec, E8Codec
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import KernelBackend
 
-_CODES = ("sign", "ternary", "int4", "int8")
+    from ..codec import Codec
+
+_CODES = ("e8", "sign", "ternary", "int4", "int8")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,10 +32,11 @@ class SlowLinkConfig:
     bias_correction: bool = False
     """Divide the moments by ``1 - beta**step``, until the variance is frozen and once, for good, then. DeepSpeed has
     the key, with the default true, and ignores it: false is what it computes."""
-    code: str = "ternary"
-    """Code of messages: ``ternary`` (0.22 bytes per parameter), ``sign`` (0.13), ``int4`` or ``int8``."""
-    block: int = 256
-    """Elements that share a scale: a multiple of 64 in 64 ... 1024."""
+    code: str = "e8"
+    """Code of messages: ``e8`` and ``sign`` (0.133 bytes per parameter and hop), ``ternary`` (0.22), ``int4`` or
+    ``int8``."""
+    block: int | None = None
+    """Elements that share a scale: a multiple of 64 in 64 ... 1024; None: 512 for ``e8``, 256 for others."""
     amsgrad: bool = False
     """Only False: there is no such variant."""
     eps_inside_sqrt: bool = False
@@ -51,11 +54,14 @@ class SlowLinkConfig:
             if value:
                 raise ValueError(f"{name} must be false, DeepSpeed's 1-bit optimizers have no such variant; got True")
 
-    def codec(self, kernels: KernelBackend | None) -> BlockCodec:
-        """Return the codec; ``kernels`` are its fused kernels."""
+    def codec(self, kernels: KernelBackend | None) -> Codec:
+        """Return the codec; ``kernels`` are the fused kernels of block codes."""
+        if self.code == "e8":
+            return E8Codec() if self.block is None else E8Codec(block=self.block)
+        block = 256 if self.block is None else self.block
         # a scale of float16 keeps the two hops of a sign together below 0.27 bytes
         scales = torch.float16 if self.code == "sign" else torch.float32
-        return BlockCodec(code=self.code, block=self.block, scale_dtype=scales, kernels=kernels)
+        return BlockCodec(code=self.code, block=block, scale_dtype=scales, kernels=kernels)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

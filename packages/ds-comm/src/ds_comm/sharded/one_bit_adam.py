@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..codecs import BlockCodec
+from ..codecs import E8Codec
 from ..optim.adam import checked_freeze_step, corrections, divide_by
 from .base import Joined, ShardedOptimizer
 
@@ -20,8 +20,8 @@ class OneBitAdam(ShardedOptimizer):
 
     Made by ds-zero for ds-core's configuration; it does not step by itself. See [Note: Sharded 1-bit optimizers].
 
-    Messages, each way, for N ranks: as at ZeRO stages 1 and 2 in the warm-up, then ``2 (N - 1) / N`` times 0.22 bytes
-    per parameter (ternary) or 0.13 (``sign`` with float16 scales). Memory per parameter besides weights and gradients:
+    Messages, each way, for N ranks: as at ZeRO stages 1 and 2 in the warm-up, then ``2 (N - 1) / N`` times 0.133 bytes
+    per parameter with the default code. Memory per parameter besides weights and gradients:
     ``12 / N`` bytes of moments and server errors, 8 of worker error and denominator, two payloads; with a lower compute
     data type 4 more of exact weights; and 4 for each element of the largest unit.
 
@@ -33,7 +33,7 @@ class OneBitAdam(ShardedOptimizer):
         weight_decay: Times the parameter, added to the update.
         freeze_step: Last step of the warm-up.
         bias_correction: Divide the moments by ``1 - beta**step``, during the warm-up and once, for good, at its end.
-        codec: Codes the momentum; None: ternary in blocks of 256.
+        codec: Codes the momentum; None: :class:`~..codecs.E8Codec`, 1 bit with an exact zero.
 
     Raises:
         ValueError: A setting is out of its bounds.
@@ -72,7 +72,7 @@ class OneBitAdam(ShardedOptimizer):
             "bias_correction": bias_correction,
             "update_kind": "elementwise",
         }
-        super().__init__(params, defaults, codec or BlockCodec(code="ternary"), checked_freeze_step(freeze_step))
+        super().__init__(params, defaults, codec or E8Codec(), checked_freeze_step(freeze_step))
 
     def warm_up(self, step: int) -> None:
         """Step the shards with the mean gradient."""

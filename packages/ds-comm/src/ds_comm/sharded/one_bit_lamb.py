@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
-from ..codecs import BlockCodec
+from ..codecs import E8Codec
 from ..optim.adam import checked_freeze_step, corrections, divide_by
 from .base import Joined, ShardedOptimizer
 
@@ -63,7 +63,7 @@ class OneBitLamb(ShardedOptimizer):
         freeze_step: Last step of the warm-up.
         bias_correction: Divide the moments by ``1 - beta**step``, during the warm-up and once, for good, at its end.
         coefficients: Bounds and decays of step sizes.
-        codec: Codes the momentum; None: ternary in blocks of 256.
+        codec: Codes the momentum; None: as for :class:`OneBitAdam`.
 
     Raises:
         ValueError: A setting is out of its bounds.
@@ -106,7 +106,7 @@ class OneBitLamb(ShardedOptimizer):
             "update_kind": "statistics",
             **dict.fromkeys(_NUMBERS, ()),
         }
-        super().__init__(params, defaults, codec or BlockCodec(code="ternary"), checked_freeze_step(freeze_step))
+        super().__init__(params, defaults, codec or E8Codec(), checked_freeze_step(freeze_step))
         self._sums: Callable[..., list[list[float]]] | None = None
         self._comm: Collectives | None = None
         self._tensors: list[Part] = []  # of all buffers

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ..codecs import BlockCodec
+from ..codecs import E8Codec
 from ..optim.adam import corrections, divide_by
 from .base import Joined, ShardedOptimizer
 from .one_bit_adam import move
@@ -65,7 +65,7 @@ class ZeroOneAdam(ShardedOptimizer):
         bias_correction: Divide each moment by ``1 - beta**updates``, until the variance is frozen and once, for good,
             then.
         intervals: How often ranks exchange.
-        codec: Codes the messages; None: ternary in blocks of 256.
+        codec: Codes the messages; None: as for :class:`OneBitAdam`.
 
     Raises:
         ValueError: A setting is out of its bounds.
@@ -118,9 +118,7 @@ class ZeroOneAdam(ShardedOptimizer):
             "bias_correction": bias_correction,
             "update_kind": "elementwise",
         }
-        super().__init__(
-            params, defaults, codec or BlockCodec(code="ternary"), freeze_step=self.intervals.var_freeze_step
-        )
+        super().__init__(params, defaults, codec or E8Codec(), freeze_step=self.intervals.var_freeze_step)
         self._local: dict[int, _Local] = {}  # by key
 
     # Role ExchangingOptimizer #
