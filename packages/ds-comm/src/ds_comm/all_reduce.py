@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .codec import check_codec
 from .messages import exchanges
 from .traffic import Traffic
 
@@ -67,7 +68,7 @@ class CompressedAllReduce:
         chunk: About how many elements are coded and sent together.
 
     Raises:
-        ValueError: ``numel`` is negative, or ``chunk`` is not positive.
+        ValueError: ``numel`` is negative, ``chunk`` is not positive, or ``codec`` a name.
 
     Example:
         >>> from .codecs import BlockCodec
@@ -96,6 +97,7 @@ class CompressedAllReduce:
             raise ValueError(f"numel must not be negative; got {numel}")
         if chunk < 1:
             raise ValueError(f"chunk must be at least one element; got {chunk}")
+        check_codec("codec", codec)
         self._group, self._codec = group, codec
         self.rank, self.size = place_in(group)
         self.traffic = Traffic() if traffic is None else traffic

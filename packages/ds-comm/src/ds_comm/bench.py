@@ -25,7 +25,7 @@ from torch import Tensor
 from torch._C._distributed_c10d import FileStore
 
 from .backends import register_backends
-from .spawning import on_this_host
+from .spawning import check_at_least, on_this_host
 
 COPIES = "copies"
 """The contender that only copies."""
@@ -253,6 +253,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ds_comm.
     parser.add_argument("--out", type=Path, help="a file for the table")
     parser.add_argument("--picture", type=Path, help="a file for the picture; needs matplotlib")
     options = parser.parse_args(arguments)
+    check_at_least(parser, options, ranks=1, min=4, factor=2, rounds=1)
     on_this_host(options.ranks, _rank, options)
 
 

@@ -39,3 +39,18 @@ class Codec(Protocol):
 
     def accumulate(self, payload: Tensor, out: Tensor, *, scale: float = 1.0) -> Tensor:
         """Add ``scale`` times what ``payload`` stands for to ``out`` (float32, contiguous), and return it."""
+
+
+def check_codec(name: str, codec: object) -> None:
+    """Refuse the name of a code in place of a codec.
+
+    Raises:
+        ValueError: ``codec`` is a string.
+
+    Example:
+        >>> check_codec("weights", None)
+    """
+    if isinstance(codec, str):
+        raise ValueError(
+            f"{name} must be a codec, not a name: such as ds_comm.codecs.BlockCodec(code='int4'); got {codec!r}"
+        )

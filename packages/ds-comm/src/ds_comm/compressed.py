@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from torch import Tensor
 
+from .codec import check_codec
 from .codecs.layout import FLOATS
 from .coded.gather import CodedGather
 from .coded.reduction import CodedReduction, Feedback
@@ -55,6 +56,9 @@ class CompressedCollectives:
         differences: Whether ``weights`` codes what has changed; see [Note: Weight differences].
         reduction_by: In place of ``gradients``: makes what reduces them, and counts its bytes.
 
+    Raises:
+        ValueError: ``weights`` or ``gradients`` is a name in place of a codec.
+
     Example:
         >>> from .codecs import BlockCodec
         >>> def compressed(inner):
@@ -79,6 +83,8 @@ class CompressedCollectives:
         differences: bool = False,
         reduction_by: Callable[[Traffic], Reduction] | None = None,
     ) -> None:
+        check_codec("weights", weights)
+        check_codec("gradients", gradients)
         self.rank = inner.rank
         self.size = inner.size
         self._inner = inner

@@ -25,7 +25,7 @@ from torch._C._distributed_c10d import FileStore
 
 from .backends import register_backends
 from .links import ROUNDS, AxisLinks, Links, Sample, fit, measure
-from .spawning import on_this_host
+from .spawning import check_at_least, on_this_host
 
 
 def measure_axes(
@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None, prog: str = "python -m ds_comm.
     parser.add_argument("--limit", type=float, default=0.1, help="seconds of a message, above which none is larger")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
     options = parser.parse_args(arguments)
+    check_at_least(parser, options, ranks=1, rounds=1)
     if dist.is_torchelastic_launched():
         _join(options)
     else:

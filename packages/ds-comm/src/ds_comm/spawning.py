@@ -24,3 +24,15 @@ def on_this_host(ranks: int, body: Callable[[int, str, argparse.Namespace], None
     failed = [rank for rank, process in enumerate(processes) if process.exitcode]
     if failed:
         raise SystemExit(f"ranks {failed} failed: their output says why")
+
+
+def check_at_least(parser: argparse.ArgumentParser, options: argparse.Namespace, **least: int) -> None:
+    """End the command with its usage if an option is smaller than its ``least``.
+
+    Raises:
+        SystemExit: One is; the text names it.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value < smallest:
+            parser.error(f"--{name} must be at least {smallest}; got {value}")

@@ -28,7 +28,9 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from ..all_reduce import CompressedAllReduce, is_finite, mean_exactly, place_in
+from ..codec import check_codec
 from ..traffic import Traffic
+from .agreement import check_agreed
 from .flat import Flat
 from .link import Link
 
@@ -49,6 +51,7 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def __init__(self, params: ParamsT, defaults: dict[str, Any], codec: Codec, link: Link) -> None:
         check_settings(defaults)
+        check_codec("codec", codec)
         self._codec, self._link = codec, link
         self._ready = False
         self.traffic = Traffic()  # bytes of all steps; those of saving and of the first broadcast are not in it
@@ -64,7 +67,10 @@ class FlatOptimizer(torch.optim.Optimizer):
             )
         check_settings({**self.defaults, **param_group})
         super().add_param_group(param_group)
-        for param in self.param_groups[-1]["params"]:
+        params = self.param_groups[-1]["params"]
+        shapes = [f"parameter {i} of a group, {tuple(p.shape)}, {p.dtype}" for i, p in enumerate(params)]
+        check_agreed(shapes, self._link.group, params[0].device)
+        for param in params:
             self._begin_equal(param.detach())
 
     @overload
@@ -138,12 +144,24 @@ class FlatOptimizer(torch.optim.Optimizer):
             return
         self._ready = True
         self._flat = Flat(self.param_groups)
+        check_agreed(self._settings(), self._link.group, self._flat.device)
         self._buffers = {name: self._flat.new() for name in self.buffers}
         self._message = self._flat.new()
         self._reducer = CompressedAllReduce(
             self._flat.numel, self._codec, group=self._link.group, device=self._flat.device, traffic=self.traffic
         )
         self._name_state()
+
+    def _settings(self) -> list[str]:
+        """Return what ranks have to agree on, besides shapes."""
+        codec, numel = self._codec, self._flat.numel
+        own = {name: value for name, value in vars(self).items() if type(value) in (int, float, tuple)}
+        groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
+        return [
+            f"a step of {type(self).__name__}, {len(groups)} parameter groups",
+            *(f"{name} = {value}" for each in (own, *groups) for name, value in sorted(each.items())),
+            f"codes in blocks of {codec.block}, {codec.payload_bytes(numel)} bytes for {numel} elements",
+        ]
 
     def _name_state(self) -> None:
         """Let ``state`` show parts of the buffers, and numbers as they begin."""
