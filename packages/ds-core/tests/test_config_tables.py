@@ -57,8 +57,8 @@ def test_other_values_name_the_feature_and_the_way_out(path):
 
 
 def test_a_switch_is_no_number():
-    with pytest.raises(ValueError, match=r"autotp_size = True asks for tensor"):
-        strip({"tensor_parallel": {"autotp_size": True}})
+    with pytest.raises(ValueError, match=r"sequence_parallel_size = True asks for sequence"):
+        strip({"sequence_parallel_size": True})
 
 
 def test_names_are_compared_in_any_case():

@@ -105,8 +105,11 @@ class Parking(Protocol):
 class Weights(Protocol):
     """Parameters and buffers as the model computes with them; parameters that need no gradient if ``frozen``."""
 
-    def save(self, folder: str | os.PathLike[str], *, name: str, frozen: bool = True) -> None:
-        """Write them into one safetensors file, one tensor after the other; all ranks call it, rank 0 writes."""
+    def save(self, folder: str | os.PathLike[str], *, name: str, frozen: bool = True) -> Mapping[str, int]:
+        """Write them into one safetensors file, one tensor after the other; all ranks call it, rank 0 writes.
+
+        Returns on all ranks the bytes of each tensor in the file, by name.
+        """
 
     def state_dict(self, *, frozen: bool = True) -> Mapping[str, Tensor]:
         """Return them in host memory on rank 0, under all names of the model; nothing elsewhere. All ranks call it."""

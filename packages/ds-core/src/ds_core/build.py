@@ -25,6 +25,7 @@ from .engine import Engine
 from .pipeline_engine import PipelineEngine
 from .process_group import join_group, local_device, message_device
 from .protocols import LearningRateSchedule, ParamGroups
+from .splitting import make_splitting
 from .staging import num_pipeline_ranks, shard_stages
 
 if TYPE_CHECKING:
@@ -89,22 +90,29 @@ def initialize(
     group = group if group is not None else join_group()
     source = configuration.read(config)
     given = Given(optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
+    num_tensor_ranks = configuration.num_tensor_ranks(source)
     if isinstance(model, nn.Module):
-        axes, device = data_axis(group), local_device(group, model)
+        device = local_device(group, model)
+        alone = num_tensor_ranks == 1
+        axes = data_axis(group) if alone else make_axes(group, 1, device.type, num_tensor_ranks)
     else:
         device = local_device(group, nn.Identity())
-        axes = make_axes(group, num_pipeline_ranks(model, source, group), device.type)
+        num_pipe_ranks = num_pipeline_ranks(model, source, group, num_tensor_ranks)
+        axes = make_axes(group, num_pipe_ranks, device.type, num_tensor_ranks)
     settings = configuration.parse(source, axes.num_data_ranks, registry.load, client_optimizer=optimizer is not None)
-    if axes.data_rank == axes.pipe_rank == 0:
+    if axes.data_rank == axes.pipe_rank == axes.tensor_rank == 0:
         configuration.announce(settings)
     context = make_context(settings, axes.data, device)
     control = make_control(group, message_device(group, device))
+    splitting = make_splitting(settings, context, axes)
     make: Callable[..., Engine]
     sharded: Sharded
     if isinstance(model, nn.Module):
-        make, sharded = Engine, shard_whole(model, given, settings, context)
+        make, sharded = Engine, shard_whole(model, given, settings, context, splitting)
     else:
-        sharded, running = shard_stages(model, given, settings, context, axes=axes, control=control)
+        sharded, running = shard_stages(
+            model, given, settings, context, axes=axes, control=control, splitting=splitting
+        )
         make = partial(PipelineEngine, running=running)
     fit = outfit(sharded, given, settings, axes=axes, device=device, control=control)
     engine = make(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ._control import everybody, together
 
@@ -27,22 +27,23 @@ class ChunkWeights:
     Args:
         chunks: The stages of this rank.
         control: The ranks of the pipeline.
-        data_rank: This one's index among the data-parallel ranks of its stages; 0 is the one that writes.
+        writes: Whether this rank writes, and has what is written: the first of those with the same stages.
         group: The ranks of the pipeline, for tensors; None: there is one.
     """
 
     def __init__(
-        self, chunks: Mapping[int, Sharded], control: Control, *, data_rank: int, group: dist.ProcessGroup | None
+        self, chunks: Mapping[int, Sharded], control: Control, *, writes: bool, group: dist.ProcessGroup | None
     ) -> None:
         self._chunks = chunks
         self._control = control
-        self._data_rank = data_rank
+        self._writes = writes
         self._group = group
 
-    def save(self, folder: str | os.PathLike[str], *, name: str, frozen: bool = True) -> None:
+    def save(self, folder: str | os.PathLike[str], *, name: str, frozen: bool = True) -> dict[str, int]:
         """Write one safetensors file for each stage, and an index of them as Hugging Face's are.
 
-        All ranks call it; the first data-parallel rank of each stage writes, all see the folder.
+        All ranks call it; the first data-parallel rank of each stage writes, all see the folder. Returns what this
+        rank's stages have, bytes by name.
 
         Raises:
             ValueError: The name does not end with ``.safetensors``; or there is such a file.
@@ -53,21 +54,21 @@ class ChunkWeights:
         stem = name.removesuffix(_SUFFIX)
         num_stages = 1 + max(stage for row in everybody(self._control, [*self._chunks]) for stage in row)
         index: dict[str, Json] = {}
-        nbytes = 0
+        written: dict[str, int] = {}
         with together(self._control):
             for stage, chunk in self._chunks.items():
                 file = f"{stem}-{stage + 1:05d}-of-{num_stages:05d}{_SUFFIX}"
-                chunk.weights.save(folder, name=file, frozen=frozen)
-                for key, value in _stored(chunk.module, frozen=frozen):
-                    index[key] = file
-                    nbytes += value.numel() * value.element_size()
-        rows = everybody(self._control, [index, nbytes])
+                found = chunk.weights.save(folder, name=file, frozen=frozen)
+                index |= dict.fromkeys(found, file)
+                written |= found
+        rows = everybody(self._control, [index, sum(written.values())])
         with together(self._control):
-            if self._control.rank == 0 and self._data_rank == 0:
+            if self._control.rank == 0 and self._writes:
                 weight_map = {key: file for row in rows for key, file in row[0].items()}
                 whole = {"metadata": {"total_size": sum(row[1] for row in rows)}, "weight_map": weight_map}
                 with Path(folder, f"{name}.index.json").open("x") as file_object:
                     json.dump(whole, file_object, indent=2)
+        return written
 
     def state_dict(self, *, frozen: bool = True) -> dict[str, Tensor]:
         """Return all weights in host memory on rank 0, and nothing elsewhere; all ranks call it.
@@ -79,7 +80,7 @@ class ChunkWeights:
             for chunk in self._chunks.values()
             for key, value in chunk.weights.state_dict(frozen=frozen).items()
         }
-        if self._data_rank:
+        if not self._writes:
             return {}
         plan = everybody(self._control, [[key, [*value.shape], str(value.dtype)] for key, value in own.items()])
         if self._control.rank:
@@ -91,14 +92,3 @@ class ChunkWeights:
                 value = own[key] = torch.empty(shape, dtype=getattr(torch, dtype.removeprefix("torch.")))
                 dist.recv(value, group=self._group, group_src=rank)
         return own
-
-
-def _stored(module: nn.Module, *, frozen: bool) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers as files hold them: tied ones once, without what is no state."""
-    names = module.state_dict().keys()
-    for name, param in module.named_parameters():
-        if frozen or param.requires_grad:
-            yield name, param
-    for name, buffer in module.named_buffers():
-        if name in names:
-            yield name, buffer

@@ -37,6 +37,8 @@ class JoinedNorm(NamedTuple):
     value: float
     culprit: str | None
     squares: tuple[float, ...]
+    parts: tuple[int | None, ...]
+    scale: float
 
 
 class JoinedState(NamedTuple):
@@ -75,7 +77,7 @@ class Chunks:
         owners = {name: rank for rank, row in enumerate(shapes) for name in row}
         self.access = ChunkAccess([*chunks.values()], owners, control.rank)
         self.parking = ChunkParking([chunk.parking for chunk in chunks.values()])
-        self.weights = ChunkWeights(chunks, control, data_rank=axes.data_rank, group=axes.pipe)
+        self.weights = ChunkWeights(chunks, control, writes=axes.data_rank == axes.tensor_rank == 0, group=axes.pipe)
 
     # Before training #
 
@@ -127,7 +129,8 @@ class Chunks:
         count = max(row.micro_batches for row in found) * self._num_data_ranks
         value = math.sqrt(total) * (1.0 / count) if math.isfinite(total) else total
         culprits = [row.culprit for row in found if row.culprit is not None]
-        return JoinedNorm(value, culprits[0] if culprits else None, tuple(v for row in found for v in row.squares))
+        joined = tuple(value for row in found for value in row.squares)
+        return JoinedNorm(value, culprits[0] if culprits else None, joined, (None,) * len(joined), 1.0 / count)
 
     @property
     def micro_batches(self) -> int:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .loss_scale import LossScale
     from .pipeline_protocols import PipelineBuilder
     from .protocols import Sharded
+    from .splitting import Splitting
 
 ClientOptimizer: TypeAlias = "torch.optim.Optimizer | Callable[[ParamGroups], torch.optim.Optimizer] | None"
 ClientSchedule: TypeAlias = "LearningRateSchedule | Callable[[torch.optim.Optimizer], LearningRateSchedule] | None"
@@ -71,7 +72,9 @@ def outfit(
     )
 
 
-def shard_whole(model: nn.Module, given: Given, settings: Config, context: BuildContext) -> Sharded:
+def shard_whole(
+    model: nn.Module, given: Given, settings: Config, context: BuildContext, splitting: Splitting
+) -> Sharded:
     """Partition a model over all ranks."""
     if "pipeline" in settings.plugins:
         raise ValueError(
@@ -81,11 +84,10 @@ def shard_whole(model: nn.Module, given: Given, settings: Config, context: Build
         )
     if not any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
         model.to(context.device)  # what has no values yet is made there by the partitioner
+    ((given, shard),) = splitting.prepare([model], given)
     groups = param_groups(model, given)
-    sharded = make_partitioner(settings, context).shard(
-        model, optimizer_maker(settings, given.optimizer, groups, context), groups
-    )
-    return wrapped(sharded, settings)
+    maker = optimizer_maker(settings, given.optimizer, groups, context)
+    return wrapped(shard(make_partitioner(settings, context), maker, groups), settings)
 
 
 def wrapped(sharded: Sharded, settings: Config) -> Sharded:

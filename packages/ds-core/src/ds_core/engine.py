@@ -150,8 +150,8 @@ class Engine(Stepping):
         """
         schedule = self.lr_scheduler if load_lr_scheduler_states else None
         loader = self.training_dataloader
-        shapes = self._sharded.state().shapes
-        check = partial(check_fits, shapes=shapes, strict=load_module_strict, schedule=schedule, loader=loader)
+        state = self._sharded.state()
+        check = partial(check_fits, state=state, strict=load_module_strict, schedule=schedule, loader=loader)
         opened = self._vault.open(load_dir, tag, check)
         self._sharded.load_state(opened, optimizer=load_optimizer_states, strict=load_module_strict)
         run: Mapping[str, Any] = opened.run

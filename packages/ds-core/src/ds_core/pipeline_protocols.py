@@ -6,7 +6,7 @@ knows the other. See [Note: Roles] in ``protocols``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -64,6 +64,10 @@ class Stages(Protocol):
     @property
     def modules(self) -> Mapping[int, nn.Module]:
         """By stage; parameters and buffers have the names that they have in the whole model."""
+
+    @property
+    def shared(self) -> Collection[str]:
+        """Names of the parameters that several stages have in common; each stands in one of ``modules`` only."""
 
     @property
     def has_first(self) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Protocol, TypeAlias
 
 import torch
@@ -34,6 +35,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
     "ds.partitioner": ("ds-zero",),
     "ds.store": (),
     "ds.pipeline": ("ds-pipe",),
+    "ds.tensor": ("ds-pipe",),
     "ds.collectives": ("ds-comm",),
     "ds.optimizer": ("ds-kernels", "ds-zero", "ds-comm"),
     "ds.attention": (),
@@ -235,6 +237,14 @@ class GradNorm(Protocol):
     def squares(self) -> Sequence[float]:
         """Sums of squares of the summed gradients, by part: the exact sum of those of several models is one norm."""
 
+    @property
+    def parts(self) -> Sequence[int | None]:
+        """Of each of :attr:`squares`, the number of its parameters in :meth:`Partitioner.shard`'s ``separate``."""
+
+    @property
+    def scale(self) -> float:
+        """What the root of the sum of :attr:`squares` is multiplied by."""
+
 
 class ShardUpdate(Protocol):
     """One contiguous shard that an optimizer step rewrites."""
@@ -360,8 +370,23 @@ class Sharded(Protocol):
 class Partitioner(Protocol):
     """Partitions a model over the ranks it was built for."""
 
-    def shard(self, model: nn.Module, maker: OptimizerMaker | None, groups: ParamGroups) -> Sharded:
-        """Partition ``model`` in place; ``groups`` say which parameters are trained, with which settings."""
+    def shard(
+        self,
+        model: nn.Module,
+        maker: OptimizerMaker | None,
+        groups: ParamGroups,
+        *,
+        separate: Mapping[nn.Parameter, int] = MappingProxyType({}),
+    ) -> Sharded:
+        """Partition ``model`` in place.
+
+        Args:
+            model: It.
+            maker: Makes the optimizer; None: nothing is trained.
+            groups: Which parameters are trained, with which settings.
+            separate: Parameters whose squares stand apart in ``GradNorm.squares``, one sum for each number. Given only
+                where there are any.
+        """
 
 
 # Schedules #

@@ -13,10 +13,9 @@ from .checkpoint import Checkpoint, CheckpointError, check_shapes, open_checkpoi
 from .checkpoint.folder import advice
 from .checkpoint.load import Candidates
 from .checkpoint.problems import listing
+from .split_model import check_blocks
 
 if TYPE_CHECKING:
-    import torch
-
     from .data import TrainLoader
     from .protocols import Json, LearningRateSchedule, PartState
 
@@ -103,13 +102,14 @@ class Vault:
 def check_fits(
     opened: Checkpoint,
     *,
-    shapes: Mapping[str, torch.Size],
+    state: PartState,
     strict: bool,
     schedule: LearningRateSchedule | None,
     loader: TrainLoader | None,
 ) -> None:
     """Raise unless a checkpoint fits the model, the schedule and the data loader of this run."""
-    check_shapes(opened, shapes, strict=strict)
+    check_blocks(opened.scalars, state.scalars, opened.tag)
+    check_shapes(opened, state.shapes, strict=strict)
     saved: Mapping[str, Any] = opened.run
     if schedule is not None:
         _check_schedule(schedule, saved["lr_scheduler"])

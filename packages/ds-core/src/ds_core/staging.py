@@ -21,10 +21,13 @@ if TYPE_CHECKING:
     from .config import Config
     from .pipeline_protocols import StagedModel
     from .protocols import BuildContext, Json, Sharded
+    from .splitting import Splitting
 
 
-def num_pipeline_ranks(model: StagedModel, source: Mapping[str, Json], group: dist.ProcessGroup | None) -> int:
-    """Return over how many ranks a model is cut: as it says, or the configuration; else over all.
+def num_pipeline_ranks(
+    model: StagedModel, source: Mapping[str, Json], group: dist.ProcessGroup | None, num_tensor_ranks: int
+) -> int:
+    """Return over how many ranks a model is cut: as it says, or the configuration; else over all there are.
 
     Raises:
         ValueError: Both say so, and differ; or that is no number.
@@ -35,7 +38,7 @@ def num_pipeline_ranks(model: StagedModel, source: Mapping[str, Json], group: di
     said = [number for number in (model.num_stages, configured) if number is not None]
     if len(set(said)) > 1:
         raise ValueError(f"the model has num_stages={said[0]}, the configuration pipeline.stages = {said[1]}; keep one")
-    number = said[0] if said else 1 if group is None else dist.get_world_size(group)
+    number = said[0] if said else 1 if group is None else max(1, dist.get_world_size(group) // num_tensor_ranks)
     if not isinstance(number, int) or isinstance(number, bool) or number < 1:
         raise ValueError(f"pipeline.stages must be a positive number of ranks; got {number!r}")
     return number
@@ -66,7 +69,14 @@ class StageVerbs:
 
 
 def shard_stages(
-    model: StagedModel, given: Given, settings: Config, context: BuildContext, *, axes: Axes, control: Control
+    model: StagedModel,
+    given: Given,
+    settings: Config,
+    context: BuildContext,
+    *,
+    axes: Axes,
+    control: Control,
+    splitting: Splitting,
 ) -> tuple[Chunks, Running]:
     """Build and partition this rank's stages of ``model``, and connect them with the other ranks'.
 
@@ -77,6 +87,7 @@ def shard_stages(
         context: For plugins; its group is that of the data-parallel ranks.
         axes: This rank's place.
         control: All ranks.
+        splitting: What is done to layers before.
 
     Raises:
         ValueError: The optimizer, or what is to be trained, is given as something else than a function.
@@ -100,12 +111,14 @@ def shard_stages(
         )
     partitioner = make_partitioner(settings, replace(context, partial=True))
     sharded: dict[int, Sharded] = {}
-    for stage, module in stages.modules.items():
+    for module in stages.modules.values():
         module.to(context.device)
+    prepared = splitting.prepare([*stages.modules.values()], given, keep=stages.shared)
+    for (stage, module), (_, shard) in zip(stages.modules.items(), prepared, strict=True):
         groups = param_groups(module, given)
         trains = any(len(entry["params"]) for entry in groups)
         maker = optimizer_maker(settings, given.optimizer, groups, context) if trains else None
-        sharded[stage] = wrapped(partitioner.shard(module, maker, groups if trains else []), settings)
+        sharded[stage] = wrapped(shard(partitioner, maker, groups if trains else []), settings)
     pipe_control = make_control(axes.pipe, message_device(axes.pipe, context.device))
     chunks = Chunks(sharded, pipe_control, axes, num_micro_batches=settings.gradient_accumulation_steps)
     pipeline = stages.connect(axes.pipe, StageVerbs(chunks), seed=settings.seed)

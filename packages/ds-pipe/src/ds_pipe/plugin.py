@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from pathlib import Path
@@ -65,6 +65,7 @@ class Cut:
         parts: The stages of this rank.
         loss: Maps the last stage's output and a target to a number.
         lent: By name of each tied weight that another stage borrows, the stage of this rank and its name there.
+        shared: Names of the parameters that several stages have in common.
         timeout: How long a message may take.
     """
 
@@ -75,9 +76,11 @@ class Cut:
         loss: Callable[[Any, Any], Tensor] | None,
         *,
         lent: Mapping[str, tuple[int, str]],
+        shared: Collection[str],
         timeout: timedelta,
     ) -> None:
         self.modules = parts
+        self.shared = shared
         self.has_first = 0 in parts
         self.has_last = schedule.num_stages - 1 in parts
         self._schedule = schedule
@@ -152,7 +155,9 @@ class PipeBuilder:
             for stage in schedule.stages_of(rank)
         }
         lent = {loan.skip: (loan.source, loan.weight) for loan in loans if loan.source in parts}
-        return Cut(schedule, parts, model.loss_fn, lent=lent, timeout=self._timeout)
+        return Cut(
+            schedule, parts, model.loss_fn, lent=lent, shared={loan.weight for loan in loans}, timeout=self._timeout
+        )
 
 
 class PipePlugin:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import torch
@@ -44,6 +44,9 @@ class Parts:
     compression: Compression | None = None
     """What is put around the collectives of trained weights and their gradients: equal bits on other numbers of ranks
     are given up for fewer bytes. None: nothing."""
+    separate: Mapping[nn.Parameter, int] = field(default_factory=dict)
+    """Parameters that are summed apart, one sum for each number, in ``GradNorm.squares``: blocks of which other ranks
+    have others. They have buffers and messages of their own."""
 
 
 def shard(
@@ -153,7 +156,9 @@ def shard(
         parts.compression is not None and parts.compression.rounds_weights and comm.size > 1,
     )
     prepare(model, mesh, device)
-    units = build_units(model, config.unit_classes, compute_dtypes(model, precision), group_of, shared)
+    units = build_units(
+        model, config.unit_classes, compute_dtypes(model, precision), group_of, shared, separate=parts.separate
+    )
     settle_rest(model)
     diagnosis.learn(model, units)
     _broadcast_buffers(model, comm)

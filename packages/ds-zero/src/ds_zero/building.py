@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -24,6 +25,8 @@ def build_units(
     dtypes: dict[nn.Parameter, torch.dtype],
     group_of: dict[nn.Parameter, int],
     shared: Resources,
+    *,
+    separate: Mapping[nn.Parameter, int],
 ) -> list[Unit]:
     """Partition the parameters of a model.
 
@@ -33,6 +36,7 @@ def build_units(
         dtypes: Compute data type of each parameter.
         group_of: Parameter group of each trained parameter.
         shared: What the buffers share.
+        separate: Parameters that have buffers of their own, one for each number.
 
     Raises:
         ValueError: The model is partitioned already.
@@ -43,22 +47,33 @@ def build_units(
     units, num_flats = [], 0
     for group in units_of(model, unit_classes):
         flats = []
-        for (dtype, trained), named in _by_kind(group, dtypes, group_of).items():
+        for kind, named in _by_kind(group, dtypes, group_of, separate).items():
             specs = [Spec(name, param.shape, group_of.get(param, _FROZEN)) for name, param in named]
             layout = plan(specs, shared.mesh.everyone.size)
             by_name = dict(named)
             params = [by_name[slot.name] for slot in layout.slots]
-            flats.append(Flat(layout, params, dtype=dtype, trained=trained, key=num_flats, shared=shared))
+            flats.append(Flat(layout, params, **kind._asdict(), key=num_flats, shared=shared))
             num_flats += 1
         units.append(Unit(group.name, group.modules, flats, sharded=sharded))
     return units
 
 
+class _Kind(NamedTuple):
+    """Parameters of one kind have a buffer in common."""
+
+    dtype: torch.dtype  # that they compute in
+    trained: bool
+    part: int | None  # of those that have buffers of their own
+
+
 def _by_kind(
-    group: Group, dtypes: dict[nn.Parameter, torch.dtype], group_of: dict[nn.Parameter, int]
-) -> dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]]:
-    """Split a group's parameters by compute data type and by whether they are trained."""
-    kinds: dict[tuple[torch.dtype, bool], list[tuple[str, nn.Parameter]]] = {}
+    group: Group,
+    dtypes: dict[nn.Parameter, torch.dtype],
+    group_of: dict[nn.Parameter, int],
+    separate: Mapping[nn.Parameter, int],
+) -> dict[_Kind, list[tuple[str, nn.Parameter]]]:
+    """Split a group's parameters by kind."""
+    kinds: dict[_Kind, list[tuple[str, nn.Parameter]]] = {}
     for name, param in group.params:
         trained = param in group_of
         if trained and param.dtype not in _TRAINABLE:
@@ -66,5 +81,5 @@ def _by_kind(
                 f"parameter {name!r} is {param.dtype}: the optimizer works on float32; convert the model first, for "
                 "example with model.float()"
             )
-        kinds.setdefault((dtypes[param], trained), []).append((name, param))
+        kinds.setdefault(_Kind(dtypes[param], trained, separate.get(param)), []).append((name, param))
     return kinds

@@ -159,6 +159,7 @@ class Flat:
         params: The parameters, in the order of ``layout.slots``.
         dtype: Data type of forward and backward.
         trained: Whether the optimizer updates them; frozen parameters have neither gradient nor master.
+        part: What ``Parts.separate`` says of all of them.
         key: Number that names the buffer in communication, the same on every rank.
         shared: Communication, memory and placements.
     """
@@ -172,8 +173,10 @@ class Flat:
         trained: bool,
         key: int,
         shared: Resources,
+        part: int | None = None,
     ) -> None:
         self.layout = layout
+        self.part = part
         self.params = list(params)
         mesh, param = shared.mesh, shared.placements.param
         state = shared.placements.state if trained else Placement.SHARD

@@ -288,7 +288,9 @@ class GradNorm(NamedTuple):
 
     value: float  # L2, over all parameters; not finite when any gradient is not
     culprit: str | None  # first parameter whose gradient is not finite
-    squares: tuple[float, ...] = ()  # of the sums of gradients, by part; with those of other models, one norm of all
+    squares: tuple[float, ...] = ()  # of the sums of gradients, by flat; with those of other models, one norm of all
+    parts: tuple[int | None, ...] = ()  # of each of them, what ``Parts.separate`` says of its parameters
+    scale: float = 1.0  # what the root of the squares is multiplied by
 
 
 class NormTree:
@@ -315,9 +317,10 @@ class NormTree:
             gathered = self._comm.gather_rows(torch.cat(rows))
             roots += tree_root(_padded(_in_layout_order(gathered, [row.numel() for row in rows]))).tolist()
         total = math.fsum(roots)
+        parts = tuple(flat.part for flat in self._flats)
         if math.isfinite(total):
-            return GradNorm(math.sqrt(total) * scale, None, tuple(roots))
-        return GradNorm(total, self._first_not_finite(roots), tuple(roots))
+            return GradNorm(math.sqrt(total) * scale, None, tuple(roots), parts, scale)
+        return GradNorm(total, self._first_not_finite(roots), tuple(roots), parts, scale)
 
     def _first_not_finite(self, roots: Sequence[float]) -> str | None:
         """Name the parameter, from the squared norm of each flat, which all ranks have; communicates."""

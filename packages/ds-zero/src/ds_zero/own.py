@@ -119,10 +119,11 @@ class OwnGradients:
         rows = self._comm.gather_rows(torch.stack(sums))
         squares = tuple(math.fsum(column) / self._comm.size for column in rows.t().tolist())
         total = math.fsum(squares)
+        parts = tuple(flat.part for flat in self._flats)
         if math.isfinite(total):
-            return GradNorm(math.sqrt(total) * scale, None, squares)
+            return GradNorm(math.sqrt(total) * scale, None, squares, parts, scale)
         bad = int(torch.nonzero(~rows.isfinite().all(0))[0])  # the first flat in which something is not finite
-        return GradNorm(total, self._first_not_finite(self._flats[bad], leaves[bad]), squares)
+        return GradNorm(total, self._first_not_finite(self._flats[bad], leaves[bad]), squares, parts, scale)
 
     def step(self, scale: float) -> None:
         """Update all weights; all ranks call it, with finite gradients."""

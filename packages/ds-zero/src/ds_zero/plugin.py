@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -25,7 +27,14 @@ class ZeroPartitioner:
         self._config = config
         self._context = context
 
-    def shard(self, model: nn.Module, maker: OptimizerMaker | None, groups: ParamGroups) -> Sharded:
+    def shard(
+        self,
+        model: nn.Module,
+        maker: OptimizerMaker | None,
+        groups: ParamGroups,
+        *,
+        separate: Mapping[nn.Parameter, int] = MappingProxyType({}),
+    ) -> Sharded:
         """Partition ``model`` in place; see :func:`ds_zero.shard`."""
         context, config, keep_fp32 = self._context, self._config, self._context.keep_fp32
         if context.partial:
@@ -41,7 +50,7 @@ class ZeroPartitioner:
             group=context.group,
             param_groups=groups,
             precision=Precision(compute=context.compute_dtype, gradient=context.gradient_dtype, keep_fp32=keep_fp32),
-            parts=Parts(update=update, kernels=kernels, compression=context.compression),
+            parts=Parts(update=update, kernels=kernels, compression=context.compression, separate=separate),
             device=context.device,
         )
 

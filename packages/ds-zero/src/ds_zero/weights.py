@@ -136,13 +136,16 @@ class Weights:
         self._module = module
         self._access = access
 
-    def save(self, folder: str | os.PathLike[str], *, name: str = SINGLE, frozen: bool = True) -> None:
+    def save(self, folder: str | os.PathLike[str], *, name: str = SINGLE, frozen: bool = True) -> dict[str, int]:
         """Write parameters and buffers into one file, as :func:`save_safetensors` does; all ranks call it.
 
         Args:
             folder: Created where it does not exist.
             name: Of the file; ends with ``.safetensors``.
             frozen: Whether parameters that require no gradient are written, too.
+
+        Returns:
+            On all ranks, bytes in the file by name.
 
         Raises:
             ValueError: The name ends otherwise, or stands in a folder of its own; and as for :func:`save_safetensors`.
@@ -158,6 +161,7 @@ class Weights:
         tensors = self._planned(buffers, frozen=frozen)
         writer = SafetensorsWriter(Path(folder), [tensors], _tied(self._module, tensors), name)
         _write(writer, _values(tensors, self._access, buffers), self._module, self._access.comm)
+        return {tensor.name: tensor.shape.numel() * tensor.dtype.itemsize for tensor in tensors}
 
     def state_dict(self, *, frozen: bool = True) -> dict[str, Tensor]:
         """Return copies of parameters and buffers in host memory on rank 0, an empty one elsewhere; all ranks call it.

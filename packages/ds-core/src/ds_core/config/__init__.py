@@ -6,6 +6,7 @@ from .schema import schema
 from .sections import ActivationCheckpointing, Choice, Config, Fp16
 from .show import announce, effective
 from .source import Source, read
+from .tensor import num_tensor_ranks
 
 __all__ = [
     "ActivationCheckpointing",
@@ -16,6 +17,7 @@ __all__ = [
     "Source",
     "announce",
     "effective",
+    "num_tensor_ranks",
     "parse",
     "read",
     "schema",

@@ -72,6 +72,9 @@ def unknown_key(path: str, value: Json, known: Iterable[str]) -> str:
 def _unknown_keys(kind: object, value: Json, path: str, others: Iterable[str] = ()) -> Iterator[str]:
     """Yield a message for each key that no field of the dataclass, or of those in it, has."""
     kind = _dataclass_in(kind)
+    if kind is not None and isinstance(value, list):
+        for index, each in enumerate(value):
+            yield from _unknown_keys(kind, each, f"{path}[{index}]")
     if kind is None or not isinstance(value, Mapping):
         return
     hints = typing.get_type_hints(kind)
@@ -83,7 +86,7 @@ def _unknown_keys(kind: object, value: Json, path: str, others: Iterable[str] = 
 
 
 def _dataclass_in(kind: object) -> type | None:
-    """Return the dataclass that a type is, or may be: ``X`` or ``X | None``."""
+    """Return the dataclass that a type is, may be, or has a row of: ``X``, ``X | None`` or ``tuple[X, ...]``."""
     for each in (kind, *typing.get_args(kind)):
         if isinstance(each, type) and dataclasses.is_dataclass(each):
             return each

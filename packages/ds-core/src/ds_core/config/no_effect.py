@@ -18,6 +18,8 @@ _LOGGING = "set the level of the logger 'ds_core' instead"
 _QUIET = "nothing is printed: Engine.step() returns what it did"
 _RANGES = "phases are ranges 'ds.forward', 'ds.backward', 'ds.step' in torch.profiler"
 _OFF = "the feature is off"
+_HEADS = "heads are never cut, so there is no grain to tune"
+_AXES = "neighbouring ranks share a layer"
 _STAGES = "a PipelineModule is told when it is made"
 _MESSAGES = "what stages hand on is not partitioned"
 _MATCHING = "gradients are summed in float32 and scaled once, so this cannot change the mean"
@@ -152,6 +154,13 @@ NO_EFFECT: Mapping[str, str] = {
     "pipeline.seed_layers": _STAGES,
     "progressive_layer_drop.*": _OFF,
     "quantize_training.*": _OFF,
-    "tensor_parallel.*": _OFF,
+    "tensor_parallel.dtype": "sections fp16 and bf16 say what is computed in",
+    "tensor_parallel.keep_module_on_host": "a model is split where it was built, before it is moved",
+    "tensor_parallel.tensor_parallel.tp_grain_size": _HEADS,
+    "tensor_parallel.tp.mpu": _AXES,
+    "tensor_parallel.tp.tp_grain_size": _HEADS,
+    "tensor_parallel.tp.tp_group": _AXES,
+    "tensor_parallel.tp_overlap_comm": _ONE_WAY,
+    "tensor_parallel.vocab_parallel_ce_backend": "the logits are gathered, and the loss is the model's",
 }
 """Dotted path of the key, and why it has no effect."""

@@ -14,6 +14,7 @@ from .quantized import as_collectives
 from .sections import BATCH_KEYS, OWNED, ROLE_GROUPS, SELECTING, ZERO, Config
 from .show import effective, value_at
 from .strip import known_keys, strip
+from .tensor import as_one_size, without_idle
 
 if TYPE_CHECKING:
     from ..protocols import Json
@@ -47,7 +48,8 @@ def parse(
         >>> parse({"train_batch_size": 16, "bf16": {"enabled": True}}, 4, load).train_micro_batch_size_per_gpu
         4
     """
-    kept, no_effect = strip(as_section(as_collectives(_modernized(raw))))
+    kept, no_effect = strip(as_section(as_collectives(as_one_size(_modernized(raw)))))
+    kept = without_idle(kept, no_effect)
     if client_optimizer and kept.pop("optimizer", None) is not None:
         no_effect["optimizer"] = "the caller passes an optimizer, which wins"
     resolved = auto.resolve(kept)

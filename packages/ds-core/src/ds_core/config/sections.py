@@ -184,11 +184,12 @@ ROLE_GROUPS: Mapping[str, str] = {
     "partitioner": "ds.partitioner",
     "collectives": "ds.collectives",
     "pipeline": "ds.pipeline",
+    "tensor_parallel": "ds.tensor",
 }
 """Sections that select a plugin by ``{"name": ..., <its settings>}``, each with the plugin's group. The roles that
 are not composed yet stand in ``unavailable.py``."""
 
-DEFAULT_NAMES: Mapping[str, str] = {"pipeline": "pipe"}
+DEFAULT_NAMES: Mapping[str, str] = {"pipeline": "pipe", "tensor_parallel": "tensor"}
 """The plugin that a section selects which does not name one."""
 
 ZERO = "zero_optimization"

@@ -40,9 +40,8 @@ UNAVAILABLE: Mapping[str, Feature] = {
     "data_parallel_size": Feature("a mesh of data and sequence parallel ranks", ()),
     "expert_parallel.enabled": Feature("expert parallelism", (False,)),
     "sequence_parallel_size": Feature("sequence parallelism", (1,)),
-    "tensor_parallel.autotp_size": Feature("tensor parallelism", (0, 1)),
-    "tensor_parallel.tensor_parallel.tp_size": Feature("tensor parallelism", (1,)),
-    "tensor_parallel.tp.tp_size": Feature("tensor parallelism", (1,)),
+    "tensor_parallel.injection_policy_tuple": Feature("layers to split by their classes", ()),
+    "tensor_parallel.replace_with_kernel_inject": Feature("kernels in place of layers", (False,)),
     "use_data_before_expert_parallelism": Feature("expert parallelism", (False,)),
     # Precision and gradients.
     "amp.enabled": Feature("NVIDIA Apex; fp16 and bf16 do its job", (False,)),

@@ -80,6 +80,8 @@ class Plan:
     counts: Mapping[str, tuple[str, ...]] | None = None
     """By pattern of a module's whole name, its attributes that count what is split, such as ``num_heads``: they are
     divided by the number of ranks."""
+    defaults: tuple[Rule, ...] = ()
+    """For modules that no rule matches; they need not match any."""
 
 
 def _llama_like(rest: str, attention: str = "self_attn") -> tuple[Rule, ...]:

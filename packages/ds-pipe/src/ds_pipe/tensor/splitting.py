@@ -44,6 +44,7 @@ class Split:
         """The parameters that this rank alone has, each with the number of its block."""
         self.whole_names: Mapping[str, Sequence[str]] = {called[0]: called for called in names.values()}
         """All names of each parameter of the model before it was split, by the first one."""
+        self.whole_shapes = {called[0]: param.shape for param, called in names.items()}
         self._made = dict(blocks.made)
         self._cuts = {names[param][0]: cut for param, cut in blocks.cuts.items()}
 
@@ -160,7 +161,7 @@ def _planned(module: nn.Module, plan: Plan) -> tuple[list[_Work], list[str]]:
     modules = dict(module.named_modules(remove_duplicate=False))
     works: dict[nn.Module, _Work] = {}
     for name, each in modules.items():
-        rule = next((rule for rule in plan.rules if rule.matches(name)), None) if name else None
+        rule = next((rule for rule in (*plan.rules, *plan.defaults) if rule.matches(name)), None) if name else None
         if rule is not None and rule.partition_type != "skip" and each not in works:
             works[each] = _Work(name, each, modules[name.rpartition(".")[0]], rule)
     missed = unmatched(plan.rules, [name for name in modules if name])
