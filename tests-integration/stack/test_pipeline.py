@@ -96,6 +96,16 @@ def described(dropout: float = 0.0, *, tied: bool = False) -> PipelineModule:
     return PipelineModule([first, *blocks, last], loss_fn=loss_of)
 
 
+SPLIT = {
+    "partition_config": {
+        "layer_specs": [
+            {"patterns": [r"\d\.first$"], "partition_type": "column"},
+            {"patterns": [r"\d\.second$"], "partition_type": "row"},
+        ],
+    }
+}
+
+
 class Setting(NamedTuple):
     """How to train."""
 
@@ -107,6 +117,7 @@ class Setting(NamedTuple):
     optimizer: str = "AdamW"
     micro_batches: int = 4  # of a step, over all pipelines
     tied: bool = False  # whether the head has the embedding's weight, and a value goes past blocks
+    tensor: int = 0  # ranks over which blocks are split in two; 0: they are whole
 
     def config(self) -> dict[str, Any]:
         return {
@@ -117,6 +128,7 @@ class Setting(NamedTuple):
             "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": 1e-2, "warmup_num_steps": 3}},
             "zero_optimization": {"stage": self.stage, "unit_classes": ["Embedding", "Block", "Linear"]},
             **({} if self.precision == "fp32" else {self.precision: {"enabled": True}}),
+            **({"tensor_parallel": {"blocks": 2, "autotp_size": self.tensor, **SPLIT}} if self.tensor else {}),
         }
 
 
@@ -400,6 +412,11 @@ def test_eight_ranks(ranks: Pools) -> None:
         got = ranks.run(train, setting, size=8)
         assert_same_bits(whole(got), whole(want))
         assert all(outcome.norms == want[0].norms for outcome in got)
+    split = Setting(stage=3, ranks=2, schedule="zb_h1", tensor=2)
+    want = ranks.run(train, split._replace(ranks=1, tensor=1), size=1)
+    got = ranks.run(train, split, size=8)
+    assert_same_bits(whole(got), whole(want))
+    assert all((outcome.norms, outcome.losses) == (want[0].norms, want[0].losses) for outcome in got)
 
 
 def train_coded(rank: Rank, coded: bool) -> list[float]:

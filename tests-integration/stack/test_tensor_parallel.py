@@ -234,8 +234,8 @@ def by_micro_batch(outcomes: list[Outcome], setting: Setting) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_bits_do_not_depend_on_the_number_of_tensor_ranks(ranks: Pools, precision: str) -> None:
     want = ranks.run(train, Setting(precision=precision), size=1)
-    cases = [(2, 1, 0), (2, 1, 3), (4, 1, 1), (2, 2, 2), (2, 2, 3), (1, 2, 1)]
-    for tensor, data, stage in cases if precision == "fp32" else cases[3:5]:
+    cases = [(2, 2, 0), (4, 1, 1), (4, 1, 3), (2, 2, 2), (2, 2, 3), (1, 4, 1)]
+    for tensor, data, stage in cases if precision == "fp32" else cases[2:4]:
         setting = Setting(tensor, data, stage=stage, precision=precision)
         got = ranks.run(train, setting, size=setting.size)
         assert_same_bits(whole(got), whole(want))
@@ -271,14 +271,6 @@ def test_bits_beside_a_pipeline(ranks: Pools, dropout: float) -> None:
         got = ranks.run(train_stages, setting._replace(dropout=dropout), size=setting.size)
         assert_same_bits(whole(got), whole(want))
         assert all((one.norms, one.losses) == (want[0].norms, want[0].losses) for one in got)
-
-
-def test_eight_ranks(ranks: Pools) -> None:
-    want = ranks.run(train_stages, Setting(), size=1)
-    setting = Setting(2, 2, 2, stage=3)
-    got = ranks.run(train_stages, setting, size=8)
-    assert_same_bits(whole(got), whole(want))
-    assert all((one.norms, one.losses) == (want[0].norms, want[0].losses) for one in got)
 
 
 def test_a_checkpoint_goes_on_with_other_numbers_of_tensor_ranks(ranks: Pools, tmp_path: Path) -> None:
@@ -383,7 +375,6 @@ class Llama(nn.Module):
 
 
 def train_llama(rank: Rank, tensor: int, stage: int, split: bool) -> tuple[list[float], dict[str, Tensor]]:
-    """In float64, where values that differ in the order of sums only agree closely."""
     torch.manual_seed(11)
     model = Llama()
     parallel = {"tp": {"tp_size": tensor}, "blocks": 2, "preset_model": "llama", "vocab_parallel_lm_head": True}
@@ -409,10 +400,9 @@ def train_llama(rank: Rank, tensor: int, stage: int, split: bool) -> tuple[list[
 
 def test_a_llama_by_the_preset(ranks: Pools) -> None:
     (want,) = ranks.run(train_llama, 1, 0, True, size=1)
-    for tensor, stage, size in ((2, 3, 2), (2, 3, 4), (2, 1, 4)):
-        found = ranks.run(train_llama, tensor, stage, True, size=size)
-        if size == tensor:
-            assert all(losses == want[0] for losses, _ in found)
+    for stage in (1, 3):
+        found = ranks.run(train_llama, 2, stage, True, size=4)
+        assert [loss for pair in zip(found[0][0], found[2][0], strict=True) for loss in pair] == want[0]
         assert found[0][1].keys() == want[1].keys()
         for name, weight in found[0][1].items():
             assert torch.equal(weight, want[1][name]), name
@@ -453,7 +443,7 @@ def bad_settings(what: str) -> dict[str, Any]:
     else:
         numbers = {"blocks": 1, "heads": 8}
         parallel |= {"blocks": numbers[what]} if what in numbers else {}
-        parallel |= {"autotp_size": 4} if what == "ranks" else {}
+        parallel |= {"autotp_size": 8, "blocks": 8} if what == "ranks" else {}
         parallel |= {"tp": {"tp_size": 4}} if what == "two sizes" else {}
     if what in ("pattern of no stage", "tied"):
         settings["pipeline"] = {"stages": 2 if what == "tied" else 1}
@@ -482,7 +472,7 @@ def start_badly(rank: Rank, what: str) -> str:
         ("heads", "self_attn.q_proj: 4 heads of 4 each cannot be cut into 8 equal blocks"),
         ("pattern", "tensor_parallel: no module of the model matches 'feet'; it has 0"),
         ("pattern of no stage", "tensor_parallel: no module of the model matches 'feet'; it has 0"),
-        ("ranks", "2 ranks are no multiple of that; start a multiple of 4"),
+        ("ranks", "4 ranks are no multiple of that; start a multiple of 8"),
         ("key", "unknown key tensor_parallel.partition_config.layer_specs[0].pattern"),
         ("two sizes", "autotp_size = 2 and tensor_parallel.tp.tp_size = 4 each say"),
         ("tied", "0.weight is to be split, and another stage of the pipeline uses it, too"),
@@ -490,6 +480,6 @@ def start_badly(rank: Rank, what: str) -> str:
     ],
 )
 def test_a_bad_start_ends_all_ranks(ranks: Pools, what: str, text: str) -> None:
-    found = ranks.run(start_badly, what, size=2)
+    found = ranks.run(start_badly, what, size=4)
     assert any(text in said for said in found)
     assert "nothing" not in found
