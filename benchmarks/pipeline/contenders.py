@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from ds_pipe import Costs, Pipeline, Schedule, make_greedy_schedule, make_schedule, simulate
+from ds_pipe.build import halved
 from ds_pipe.orders import loop, vee
-from torch import nn
+from ds_pipe.times import Times
+from torch import Tensor, nn
 from torch.distributed import pipelining
 from torch.nn import functional
 
@@ -21,32 +23,26 @@ from .work import LR, MICRO_BATCHES, Work
 RANKS = 2
 
 
+class Ours:
+    """A pipeline of ds-pipe, and what its steps took since the last reset."""
+
+    def __init__(self, pipeline: Pipeline) -> None:
+        self.pipeline = pipeline
+        self.reset()
+
+    def reset(self) -> None:
+        self.times = Times()
+        self.run_seconds: list[float] = []  # of each step, without the optimizer
+
+    def run(self, inputs: list[Tensor], targets: list[Tensor]) -> None:
+        start = time.perf_counter()
+        self.pipeline.run(inputs, targets, times=self.times)
+        self.run_seconds.append(time.perf_counter() - start)
+
+
 class Contender(NamedTuple):
     step: Callable[[], None]
-    schedule: Schedule | None = None  # ours
-    timers: dict[tuple[str, int], list[float]] | None = None  # ours: seconds by operation and stage, and of runs
-
-
-class _Timed:
-    """Stands for a stage and notes how long its computations take."""
-
-    def __init__(self, stage: Any, index: int, timers: dict[tuple[str, int], list[float]]) -> None:
-        self._stage, self._index, self._timers = stage, index, timers
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return self._call("F", self._stage.forward, *args, **kwargs)
-
-    def backward(self, *args: Any) -> Any:
-        return self._call("I", self._stage.backward, *args)
-
-    def settle(self, *args: Any) -> Any:
-        return self._call("W", self._stage.settle, *args)
-
-    def _call(self, name: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        start = time.perf_counter()
-        found = function(*args, **kwargs)
-        self._timers[name, self._index].append(time.perf_counter() - start)
-        return found
+    ours: Ours | None = None
 
 
 def _sgd(params: Any) -> torch.optim.Optimizer:
@@ -56,20 +52,15 @@ def _sgd(params: Any) -> torch.optim.Optimizer:
 def ours(work: Work, blocks: list[nn.Module], schedule: Schedule) -> Contender:
     rank, stages = dist.get_rank(), work.cut(blocks, schedule.num_stages)
     own = {index: stages[index] for index in schedule.stages_of(rank)}
-    pipeline = Pipeline(schedule, own, dist.group.WORLD, loss=functional.mse_loss)
-    timers: dict[tuple[str, int], list[float]] = defaultdict(list)
-    for index, stage in pipeline._stages.items():
-        pipeline._stages[index] = _Timed(stage, index, timers)  # type: ignore[assignment]
+    made = Ours(Pipeline(schedule, own, dist.group.WORLD, loss=functional.mse_loss))
     optimizer, (inputs, targets) = _sgd(nn.ModuleList(own.values()).parameters()), work.batches()
 
     def step() -> None:
-        start = time.perf_counter()
-        pipeline.run(inputs, targets)
-        timers["run", -1].append(time.perf_counter() - start)
+        made.run(inputs, targets)
         optimizer.step()
         optimizer.zero_grad()
 
-    return Contender(step, schedule, timers)
+    return Contender(step, made)
 
 
 def torchs(work: Work, blocks: list[nn.Module], kind: Any, placement: tuple[int, ...]) -> Contender:
@@ -151,41 +142,44 @@ def ddp(work: Work, blocks: list[nn.Module]) -> Contender:
     return Contender(step)
 
 
-def greedy(costs: Costs) -> Schedule:
-    """Return the best for these four stages, by simulation: both placements, and pairs of them as two stages.
+def greedy(work: Work, blocks: list[nn.Module], steps: int) -> Schedule:
+    """Return the best schedule for what ``steps`` steps of this very run have cost.
 
-    Memory is that of GPipe, which is among the others.
+    As ``pipeline.replan`` does, but for three pipelines, which have all placements there are of four parts and of two
+    pairs. Memory is that of GPipe, which is among the others.
     """
-    room = [MICRO_BATCHES * sum(costs.kept_bytes)] * RANKS
-    made = [
-        (
-            make_greedy_schedule(
-                costs, num_ranks=RANKS, num_micro_batches=MICRO_BATCHES, placement=placement, memory=room
-            ),
-            costs,
+    timed = []
+    for name in ("zb_v", "interleaved", "1f1b"):
+        plain = fixed(work, blocks, name)
+        timed.append((plain, ours(work, blocks, halved(_ours(plain).pipeline.schedule))))
+    for number in range(1 + steps):
+        for pair in timed:
+            for contender in pair:
+                contender.step()
+                if not number:
+                    _ours(contender).reset()
+    made = []
+    for plain, split in timed:
+        _ours(split).times.add(_ours(plain).times)
+        costs = costs_of(split, work)
+        schedule = _ours(plain).pipeline.schedule
+        room = [MICRO_BATCHES * sum(costs.kept_bytes)] * RANKS
+        best = make_greedy_schedule(
+            costs, num_ranks=RANKS, num_micro_batches=MICRO_BATCHES, placement=schedule.placement, memory=room
         )
-        for placement in (loop(RANKS, 2), vee(RANKS))
-    ]
-    pairs = paired(costs)
-    made.append((make_greedy_schedule(pairs, num_ranks=RANKS, num_micro_batches=MICRO_BATCHES, memory=room), pairs))
-    return min(made, key=lambda entry: simulate(*entry).seconds)[0]
+        made.append((simulate(best, costs).seconds, best))
+    return min(made, key=lambda entry: entry[0])[1]
 
 
-def paired(costs: Costs) -> Costs:
-    """Return the costs of stages two by two."""
+def costs_of(contender: Contender, work: Work) -> Costs:
+    """Return what the steps of one of ours have cost."""
+    costs = _ours(contender).pipeline.costs(_ours(contender).times)
+    return replace(costs, message_bytes=(4.0 * work.tokens * work.dim,) * costs.num_stages)
 
-    def added(values: tuple[float, ...]) -> tuple[float, ...]:
-        return tuple(values[index] + values[index + 1] for index in range(0, len(values), 2))
 
-    return Costs(
-        forward=added(costs.forward),
-        input_grad=added(costs.input_grad),
-        weight_grad=added(costs.weight_grad),
-        kept_bytes=added(costs.kept_bytes),
-        message_bytes=costs.message_bytes[::2],
-        latency=costs.latency,
-        bytes_per_second=costs.bytes_per_second,
-    )
+def _ours(contender: Contender) -> Ours:
+    assert contender.ours is not None, "a contender of another library"
+    return contender.ours
 
 
 FIXED = ("gpipe", "1f1b", "interleaved", "looped_bfs", "zb_h1", "zb_v")

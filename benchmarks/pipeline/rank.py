@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import statistics
 import time
 import warnings
@@ -14,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from ds_pipe import Costs, simulate
-from torch import Tensor
+from ds_pipe import simulate
+from ds_pipe.host_memory import keep_freed_memory
 
 from . import contenders as made
 from .contenders import FIXED, RANKS, TORCH, Contender
@@ -23,6 +24,7 @@ from .work import Work
 
 OTHERS = 0.1  # processors that others may use during a sample that counts
 FEW = 3  # samples
+WARM_UP = 2  # steps, for whose costs the greedy schedule is made
 
 
 class Sample(NamedTuple):
@@ -33,16 +35,18 @@ class Sample(NamedTuple):
     run: float  # seconds of the schedule, without the optimizer
     own: float  # seconds of the processor that this process took
     machine: float  # that all processes took
+    faults: int  # pages of memory that the system gave to this process
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """Return, by contender, what was measured on this rank."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
+    if options.keep_freed:
+        keep_freed_memory()
     dist.init_process_group("gloo", init_method="env://")
     work = Work.of(options)
     blocks = work.blocks()
-    link = _link(work)
     alive = {"floor": made.floor(work, blocks)}
     alive |= {name: made.fixed(work, blocks, name) for name in FIXED if _wanted(name, options)}
     alive |= {name: made.torchs(work, blocks, *how) for name, how in TORCH.items() if _wanted(name, options)}
@@ -50,20 +54,19 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         alive["DeepSpeed 1F1B"] = made.deepspeed(work)
     if _wanted("DDP", options):
         alive["DDP"] = made.ddp(work, work.blocks())
-    profiled = made.fixed(work, blocks, "zb_v")
-    for _ in range(3):
-        profiled.step()
-    alive["greedy"] = made.ours(work, blocks, made.greedy(_costs(profiled, work, link)))
+    alive["greedy"] = made.ours(work, blocks, made.greedy(work, blocks, WARM_UP))
     found: dict[str, list[Sample]] = {name: [] for name in alive}
     for contender in alive.values():
         contender.step()
-        _reset(contender)
+        if contender.ours is not None:
+            contender.ours.reset()
     order, until = random.Random(0), time.monotonic() + options.seconds
     while len(found["floor"]) < 2 or _both(time.monotonic() < until):
         for name in order.sample(list(alive), len(alive)):
             found[name].append(_sample(alive[name]))
-    return {name: _row(name, contender, found[name], work, link) for name, contender in alive.items()} | {
-        "link": link,
+    costs = made.costs_of(alive["greedy"], work)
+    return {name: _row(name, contender, found[name], work) for name, contender in alive.items()} | {
+        "link": (costs.latency, costs.bytes_per_second),
         "numel": sum(param.numel() for block in blocks for param in block.parameters()),
     }
 
@@ -75,12 +78,16 @@ def _wanted(name: str, options: argparse.Namespace) -> bool:
 def _sample(contender: Contender) -> Sample:
     computed = _busy(contender)
     dist.barrier()
-    machine, own, start = _machine_seconds(), time.process_time(), time.perf_counter()
+    faults, machine, own, start = _faults(), _machine_seconds(), time.process_time(), time.perf_counter()
     contender.step()
     dist.barrier()
     seconds, own, machine = time.perf_counter() - start, time.process_time() - own, _machine_seconds() - machine
-    run = contender.timers["run", -1][-1] if contender.timers else 0.0
-    return Sample(seconds, _busy(contender) - computed, run, own, machine)
+    run = contender.ours.run_seconds[-1] if contender.ours is not None else 0.0
+    return Sample(seconds, _busy(contender) - computed, run, own, machine, _faults() - faults)
+
+
+def _faults() -> int:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
 def _machine_seconds() -> float:
@@ -103,12 +110,7 @@ def _quiet(samples: list[tuple[Sample, ...]]) -> list[tuple[Sample, ...]]:
 
 def _busy(contender: Contender) -> float:
     """Return seconds of computing so far."""
-    return sum(sum(times) for (name, _), times in (contender.timers or {}).items() if name != "run")
-
-
-def _reset(contender: Contender) -> None:
-    if contender.timers is not None:
-        contender.timers.clear()
+    return 0.0 if contender.ours is None else contender.ours.times.computing
 
 
 def _both(value: bool) -> bool:
@@ -117,67 +119,25 @@ def _both(value: bool) -> bool:
     return bool(flag)
 
 
-def _row(
-    name: str, contender: Contender, samples: list[Sample], work: Work, link: tuple[float, float]
-) -> dict[str, Any]:
+def _row(name: str, contender: Contender, samples: list[Sample], work: Work) -> dict[str, Any]:
     both: list[Any] = [None] * RANKS
     dist.all_gather_object(both, samples)
     pairs = _quiet(list(zip(*both, strict=True)))
-    row: dict[str, Any] = {"seconds": [pair[0].seconds for pair in pairs]}
-    if contender.schedule is None:
+    row: dict[str, Any] = {
+        "seconds": [pair[0].seconds for pair in pairs],
+        "faults": statistics.median(max(each.faults for each in pair) for pair in pairs),
+    }
+    if contender.ours is None:
         return row
+    schedule = contender.ours.pipeline.schedule
     measured = [1 - sum(each.computing for each in pair) / (RANKS * max(each.run for each in pair)) for pair in pairs]
-    timeline = simulate(contender.schedule, _costs(contender, work, link))
+    timeline = simulate(schedule, made.costs_of(contender, work))
     return row | {
         "measured bubble": statistics.median(measured),
         "simulated bubble": timeline.bubble_share,
         "simulated seconds": timeline.seconds,
-        "schedule": str(contender.schedule) if name == "greedy" else "",
+        "schedule": str(schedule) if name == "greedy" else "",
     }
-
-
-def _costs(contender: Contender, work: Work, link: tuple[float, float]) -> Costs:
-    """Return the costs of the stages as measured on all ranks."""
-    mine = {f"{op}{stage}": statistics.median(times) for (op, stage), times in (contender.timers or {}).items()}
-    all_of_them: list[Any] = [None] * RANKS
-    dist.all_gather_object(all_of_them, mine)
-    known = {key: value for each in all_of_them for key, value in each.items()}
-    assert contender.schedule is not None
-    stages = range(contender.schedule.num_stages)
-    each = len(work.parts) // len(stages)
-    return Costs(
-        forward=tuple(known[f"F{stage}"] for stage in stages),
-        input_grad=tuple(known[f"I{stage}"] for stage in stages),
-        weight_grad=tuple(known[f"W{stage}"] for stage in stages),
-        kept_bytes=tuple(float(sum(work.parts[stage * each : (stage + 1) * each])) for stage in stages),
-        message_bytes=tuple(4.0 * work.tokens * work.dim for _ in stages),
-        latency=link[0],
-        bytes_per_second=link[1],
-    )
-
-
-def _link(work: Work) -> tuple[float, float]:
-    """Return the latency of a small message and the speed of one as large as a micro-batch."""
-    small, large = (statistics.median(_one_way(size) for _ in range(7)) for size in (16, work.tokens * work.dim))
-    found = [(small, 4 * work.tokens * work.dim / max(large - small, 1e-9))]
-    dist.broadcast_object_list(found)  # all ranks make the same schedule of it
-    return found[0]
-
-
-def _one_way(numel: int) -> float:
-    buffer = torch.zeros(numel)
-    dist.barrier()
-    start = time.perf_counter()
-    for sender in range(RANKS):
-        _pass(buffer, sender)
-    return (time.perf_counter() - start) / RANKS
-
-
-def _pass(buffer: Tensor, sender: int) -> None:
-    if dist.get_rank() == sender:
-        dist.send(buffer, 1 - sender)
-    else:
-        dist.recv(buffer, sender)
 
 
 def run(options: argparse.Namespace) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from ds_pipe.deferred import DeferredWeights
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class Model(nn.Module):
@@ -74,3 +77,29 @@ def test_what_is_to_come_at_once_is_not_put_off() -> None:
     want = [grad.clone() for grad in grads]
     later.settle()
     assert all(map(torch.equal, grads, want))
+
+
+class Recorded(TorchDispatchMode):
+    """Notes products of matrices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.events: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.mm.default:
+            self.events.append("product")
+        return func(*args, **(kwargs or {}))
+
+
+def test_one_weight_gradient_at_a_time_last_layer_first() -> None:
+    layers = [nn.Linear(3, 3) for _ in range(3)]
+    recorded, later = Recorded(), DeferredWeights()
+    for index, layer in enumerate(layers):
+        layer.weight.register_post_accumulate_grad_hook(lambda _, index=index: recorded.events.append(f"sum {index}"))
+    with later:
+        out = nn.Sequential(*layers)(torch.ones(2, 3, requires_grad=True)).sum()
+    out.backward()
+    with recorded:
+        later.settle()
+    assert recorded.events == ["product", "sum 2", "product", "sum 1", "product", "sum 0"]

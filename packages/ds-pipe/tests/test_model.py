@@ -369,3 +369,10 @@ def test_what_cannot_be_described() -> None:
         PipelineModule([Table(table), Table(table)]).build(1, 2)
     with pytest.raises(ValueError, match=r"layer 0 has no parameter 'wait', it has weight, bias"):
         PipelineModule(2 * [TiedLayerSpec("a", nn.Linear, 2, 2, tied_weight_attr="wait")]).build(0, 2)
+
+
+def test_what_a_description_looks_like() -> None:
+    few = PipelineModule([nn.Embedding(3, 2), *[nn.Linear(2, 2) for _ in range(6)], nn.Tanh()], num_stages=2)
+    assert repr(few) == "PipelineModule of 8 layers, 1 Embedding, 6 Linear, 1 Tanh; num_stages=2, 0 tied, without loss"
+    many = PipelineModule([nn.Linear(2, 2), nn.Tanh()] * 50, loss_fn=nn.functional.mse_loss)
+    assert len(repr(many)) < 200

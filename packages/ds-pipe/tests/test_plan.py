@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -18,7 +20,7 @@ from ds_pipe.measure import measure_costs, staged
 from ds_pipe.plan import compare
 from ds_pipe.planned import read_plan
 from ds_pipe.report import table
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -76,6 +78,8 @@ def test_halves_of_a_backward_are_timed_apart(monkeypatch: pytest.MonkeyPatch) -
     assert costs.forward == (1.0, 72.0)
     assert costs.input_grad == (2.0, 16.0)
     assert costs.weight_grad == (4.0, 32.0)
+    assert costs.backward == (6.0, 48.0)
+    assert costs.held_bytes == (256.0, 256.0)
     assert costs.message_bytes == (48.0, 48.0)
     with pytest.raises(ValueError, match="repeats has to be at least 1; got 0"):
         measure_costs(model, torch.ones(3, 4), 1.0, repeats=0)
@@ -148,8 +152,15 @@ def test_every_schedule_is_compared() -> None:
     names = [plan.name for plan in found.plans]
     assert not found.impossible
     assert sorted(names) == [
-        *("1f1b", "gpipe", "greedy", "greedy (2 stages a rank)", "greedy (V)", "interleaved"),
-        *("interleaved (4 stages a rank)", "looped_bfs", "looped_bfs (4 stages a rank)", "zb_h1", "zb_v"),
+        *("1f1b", "gpipe", "greedy", "greedy (2 stages a rank)", "greedy (4 stages a rank)", "greedy (V)"),
+        *(
+            "interleaved",
+            "interleaved (4 stages a rank)",
+            "looped_bfs",
+            "looped_bfs (4 stages a rank)",
+            "zb_h1",
+            "zb_v",
+        ),
     ]
     seconds = [plan.timeline.seconds for plan in found.plans]
     assert seconds == sorted(seconds)
@@ -160,6 +171,42 @@ def test_every_schedule_is_compared() -> None:
     assert plan.timeline.seconds == simulate(schedule, staged(layers, [0, 4, 8])).seconds
     assert plan.peak_bytes == peak_bytes(schedule, staged(layers, [0, 4, 8]))
     assert plan.num_messages == 8
+
+
+@settings(max_examples=3, deadline=None)
+@given(seed=st.integers(0, 10**6), num_ranks=st.integers(2, 3), tight=st.floats(0.6, 1.5))
+def test_with_a_limit_no_fixed_one_is_faster_than_the_best_greedy_one(seed: int, num_ranks: int, tight: float) -> None:
+    chance = random.Random(seed)
+    numbers = [tuple(chance.uniform(0.3, 2.0) for _ in range(4 * num_ranks)) for _ in range(7)]
+    names = ("forward", "input_grad", "weight_grad", "backward", "kept_bytes", "message_bytes", "held_bytes")
+    costs = Costs(
+        **dict(zip(names, numbers, strict=True)),
+        latency=chance.choice((0.0, 0.5)),
+        bytes_per_second=chance.choice((0.5, 2.0, float("inf"))),
+    )
+    free = compare(costs, num_ranks=num_ranks, num_micro_batches=2 * num_ranks)
+    (usual,) = (plan for plan in free.plans if plan.name == "1f1b")
+    memory = tight * max(usual.peak_bytes)
+    found = compare(costs, num_ranks=num_ranks, num_micro_batches=2 * num_ranks, memory=memory)
+    fixed = [plan.timeline.seconds for plan in found.plans if plan.fits and not plan.name.startswith("greedy")]
+    greedy = [plan for plan in found.plans if plan.fits and plan.name.startswith("greedy")]
+    for plan in greedy:
+        stages = staged(costs, plan.bounds)
+        for rank, peak in enumerate(peak_bytes(plan.schedule, stages)):
+            held = sum(stages.held_bytes[stage] for stage in plan.schedule.stages_of(rank))
+            assert held + peak <= memory * (1 + 1e-9)
+    if fixed:
+        assert min(plan.timeline.seconds for plan in greedy) <= min(fixed) * (1 + 1e-9)
+
+
+def test_weights_count_for_the_memory() -> None:
+    layers = replace(Costs.uniform(4), held_bytes=(10.0, 1.0, 1.0, 1.0))
+    found = compare(layers, num_ranks=2, num_micro_batches=4, memory=12.0)
+    assert [plan.name for plan in found.plans if plan.fits] == []  # rank 0 holds 11, and keeps 2 of a micro-batch
+    assert "rank 0 needs 2 bytes" in found.impossible["greedy"]
+    (plan,) = (plan for plan in found.plans if plan.name == "1f1b")
+    assert plan.peak_bytes == [11.0 + 4.0, 2.0 + 2.0]
+    assert {plan.fits for plan in compare(layers, num_ranks=2, num_micro_batches=4, memory=20.0).plans} == {True}
 
 
 def test_what_does_not_fit_comes_last_and_what_cannot_be_says_why() -> None:
@@ -193,7 +240,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     lines = printed.splitlines()
     assert lines[0].split() == ["schedule", "step", "bubble", "peak", "of", "a", "rank", "messages"]
-    assert len(lines[: lines.index("")]) == 1 + 11
+    assert len(lines[: lines.index("")]) == 1 + 12
     assert "stage 3 on rank 0: layers " in printed
     assert "0 (Embedding) again" in printed
 
@@ -224,6 +271,12 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["few.json"], "few.json has to hold an object with lists of numbers"),
         (["described:MODEL", "--schedule", "best"], "there is no schedule 'best' to draw; there are "),
         (["described:MODEL", "--stages", "9"], "it has 9 stages, and there are 8 layers"),
+        (["described:MODEL", "--stages", "0"], "argument --stages: a whole number from 1 on is needed; got '0'"),
+        (["described:MODEL", "--memory", "-1"], "argument --memory: a number above 0 is needed; got '-1'"),
+        (["described:MODEL", "--memory", "4GB"], "argument --memory: a number above 0 is needed; got '4GB'"),
+        (["nowhere.at_all:MODEL"], "the module 'nowhere.at_all' cannot be imported: No module named 'nowhere'"),
+        (["described:MODEL", "--out", "."], "--out is what names of files begin with, and . is a folder: say best"),
+        (["described:MODEL", "--out", "no/where"], "--out no/where: there is no folder no; make it first"),
     ],
 )
 def test_arguments_that_are_wrong(

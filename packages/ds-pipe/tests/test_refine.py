@@ -5,10 +5,10 @@ from __future__ import annotations
 import random
 
 from ds_pipe import Costs, make_greedy_schedule, make_schedule, simulate
-from ds_pipe.instruction import Op
+from ds_pipe.instruction import COMPUTE, Op
 from ds_pipe.lower import lower
-from ds_pipe.orders import loop, vee
-from ds_pipe.refine import best_order, refine
+from ds_pipe.orders import Slot, loop, vee
+from ds_pipe.refine import best_order, kept_peaks, refine
 from ds_pipe.skips import Skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -18,15 +18,17 @@ FIXED = {1: ("gpipe", "1f1b", "zb_h1"), 2: ("interleaved", "looped_bfs", "zb_v")
 
 def random_costs(seed: int, num_stages: int) -> Costs:
     chance = random.Random(seed)
-    times = [tuple(chance.uniform(0.2, 2.0) for _ in range(num_stages)) for _ in range(3)]
+    times = [tuple(chance.uniform(0.2, 2.0) for _ in range(num_stages)) for _ in range(4)]
     even = (1.0,) * num_stages
     return Costs(
         forward=times[0],
         input_grad=times[1],
         weight_grad=times[2],
         kept_bytes=even,
-        message_bytes=(0.0,) * num_stages,
+        backward=times[3],  # less than both halves, or more
+        message_bytes=times[0],
         latency=chance.choice((0.0, 0.5, 3.0)),
+        bytes_per_second=chance.choice((0.3, 2.0, float("inf"))),  # messages wait for each other, or do not
     )
 
 
@@ -37,7 +39,8 @@ def test_it_is_no_slower_than_the_fixed_ones(seed: int, num_ranks: int, rounds: 
     costs = random_costs(seed, num_ranks * chunks)
     for name in FIXED[chunks]:
         fixed = make_schedule(name, costs=costs, **sizes)
-        memory = [float(len(row)) for row in fixed.rows]
+        order = [[Slot(one.op, one.stage, one.micro_batch) for one in row if one.op in COMPUTE] for row in fixed.rows]
+        memory = kept_peaks(order, fixed.placement, costs)
         ours = make_greedy_schedule(costs, placement=fixed.placement, memory=memory, **sizes)
         assert simulate(ours, costs).seconds <= simulate(fixed, costs).seconds * (1 + 1e-9)
 
@@ -50,10 +53,11 @@ def test_it_stays_within_the_memory_and_keeps_the_order_of_sums(seed: int, room:
         for row in best_order(6, placement, costs, [float(room)] * 2):
             held = 0
             for slot in row:
-                held += {Op.F: 1, Op.W: -1}.get(slot.op, 0)
+                held += {Op.F: 1, Op.W: -1, Op.B: -1}.get(slot.op, 0)
                 assert held <= room
             for stage in {slot.stage for slot in row}:
-                for op in (Op.F, Op.I, Op.W):
+                assert {slot.op for slot in row} in ({Op.F, Op.B}, {Op.F, Op.I, Op.W})
+                for op in {slot.op for slot in row}:
                     found = [slot.micro_batch for slot in row if (slot.op, slot.stage) == (op, stage)]
                     assert found == list(range(6))
 

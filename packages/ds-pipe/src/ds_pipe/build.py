@@ -7,9 +7,10 @@ from collections.abc import Iterable, Sequence
 from .costs import Costs
 from .instruction import COMPUTE, Op
 from .lower import lower
-from .orders import ORDERS, Slot, loop
-from .refine import best_order
+from .orders import ORDERS, TRAINING, Slot, loop
+from .refine import best_order, fixed_orders
 from .schedule import Schedule
+from .simulate import simulate
 from .skips import Skip, checked
 from .validate import validate
 
@@ -26,7 +27,8 @@ def make_schedule(
     """Return a fixed schedule; validated.
 
     Args:
-        name: One of ``gpipe``, ``1f1b``, ``interleaved``, ``looped_bfs``, ``zb_h1``, ``zb_v``, ``forward_only``.
+        name: One of ``gpipe``, ``1f1b``, ``interleaved``, ``looped_bfs``, ``zb_h1``, ``zb_v``; ``forward_only`` has no
+            backward passes.
         num_ranks: Ranks of the pipeline.
         num_micro_batches: In one step.
         num_chunks: Stages on each rank; None: as few as the schedule has.
@@ -43,7 +45,10 @@ def make_schedule(
         1: RECV:x1.0<0 RECV:x1.1<0 UNSHARD1 F1.0 B1.0 SEND:g0.0>0 F1.1 B1.1 SEND:g0.1>0 RESHARD1 REDUCE1 OPT
     """
     if name not in ORDERS:
-        raise ValueError(f"there is no schedule {name!r}; there are {', '.join(ORDERS)}, and make_greedy_schedule")
+        raise ValueError(
+            f"there is no schedule {name!r}; there are {', '.join(TRAINING)}, and make_greedy_schedule; "
+            "for evaluation, forward_only"
+        )
     if num_ranks < 1 or num_micro_batches < 1:
         raise ValueError(f"at least one rank and one micro-batch; got {num_ranks} and {num_micro_batches}")
     fixed = ORDERS[name]
@@ -71,7 +76,8 @@ def make_greedy_schedule(
 ) -> Schedule:
     """Return a schedule made for measured costs; validated.
 
-    No slower, by these costs, than the fixed ones with this placement that the memory allows. Takes a second or two.
+    No slower, by these costs, than the fixed ones with this placement that the memory allows. Backward passes are
+    computed in halves, or whole, where that is faster by ``costs.backward``. Takes a second or two.
 
     Args:
         costs: Of each stage.
@@ -103,10 +109,13 @@ def make_greedy_schedule(
         for rank in range(num_ranks)
     ]
     past = checked(skips, len(places))
-    order = best_order(num_micro_batches, places, costs, room, skips=past)
-    made = lower("greedy", order, places, num_micro_batches, costs, skips=past)
-    validate(made)
-    return made
+    orders = [best_order(num_micro_batches, places, costs, room, skips=past)]
+    orders += fixed_orders(num_micro_batches, places, costs, room)
+    # what orders do not have counts here: messages that take turns, and gathers
+    made = [lower("greedy", order, places, num_micro_batches, costs, skips=past) for order in orders]
+    best = min(made, key=lambda schedule: simulate(schedule, costs).seconds)
+    validate(best)
+    return best
 
 
 def evaluation_of(schedule: Schedule) -> Schedule:
@@ -148,5 +157,33 @@ def with_skips(
     order = [[Slot(one.op, one.stage, one.micro_batch) for one in row if one.op in COMPUTE] for row in schedule.rows]
     past, costs = checked(skips, schedule.num_stages), costs or Costs.uniform(schedule.num_stages)
     made = lower(schedule.name, order, schedule.placement, schedule.num_micro_batches, costs, skips=past)
+    validate(made)
+    return made
+
+
+def halved(schedule: Schedule) -> Schedule:
+    """Return a schedule that computes in the order of ``schedule``, each backward pass in two halves; validated.
+
+    Args:
+        schedule: A valid one; its messages, gathers and reductions are made anew.
+
+    Example:
+        >>> print(halved(make_schedule("gpipe", num_ranks=1, num_micro_batches=1)))
+        schedule gpipe:halved placement 0 micro_batches 1
+        0: UNSHARD0 F0.0 I0.0 W0.0 RESHARD0 REDUCE0 OPT
+    """
+    halves = {Op.B: (Op.I, Op.W)}
+    order = [
+        [
+            Slot(op, one.stage, one.micro_batch)
+            for one in row
+            if one.op in COMPUTE
+            for op in halves.get(one.op, (one.op,))
+        ]
+        for row in schedule.rows
+    ]
+    costs = Costs.uniform(schedule.num_stages)
+    name, count = f"{schedule.name}:halved", schedule.num_micro_batches
+    made = lower(name, order, schedule.placement, count, costs, skips=schedule.skips)
     validate(made)
     return made

@@ -20,7 +20,8 @@ from .planned import write_plan
 from .report import page, stages, table
 
 _MODEL = """MODEL is a JSON file of costs, lists with a number for each layer: forward, input_grad, weight_grad in
-seconds, kept_bytes, message_bytes (of a layer's input); or module:attribute, a PipelineModule or a function that
+seconds, kept_bytes, message_bytes (of a layer's input), and, where they are known, backward (seconds of a whole one)
+and held_bytes (weights, gradients and optimizer state); or module:attribute, a PipelineModule or a function that
 returns one. The module then has a function that returns one micro-batch and its target, too; with --batch it is given
 that."""
 
@@ -39,18 +40,27 @@ def main(arguments: Sequence[str] | None = None) -> None:
         epilog=_MODEL,
     )
     plan.add_argument("model", metavar="MODEL", help="what the costs are of; see below")
-    plan.add_argument("--stages", type=int, required=True, metavar="P", help="ranks of the pipeline")
-    plan.add_argument("--micro-batches", type=int, required=True, metavar="M", help="in one step")
+    plan.add_argument("--stages", type=_number, required=True, metavar="P", help="ranks of the pipeline")
+    plan.add_argument("--micro-batches", type=_number, required=True, metavar="M", help="in one step")
     plan.add_argument(
         "--sample", default="sample", metavar="NAME", help="function that returns a micro-batch and target"
     )
-    plan.add_argument("--batch", type=int, metavar="B", help="size of a micro-batch, given to the function")
-    plan.add_argument("--repeats", type=int, default=5, metavar="N", help="measurements of each layer")
-    plan.add_argument("--latency", type=float, default=0.0, metavar="S", help="of a message, in seconds")
+    plan.add_argument("--batch", type=_number, metavar="B", help="size of a micro-batch, given to the function")
+    plan.add_argument("--repeats", type=_number, default=5, metavar="N", help="measurements of each layer")
+    plan.add_argument("--latency", type=_seconds, default=0.0, metavar="S", help="of a message, in seconds")
     plan.add_argument(
-        "--bandwidth", type=float, default=float("inf"), metavar="B/S", help="of a link, in bytes a second"
+        "--bandwidth", type=_positive, default=float("inf"), metavar="B/S", help="of a link, in bytes a second"
     )
-    plan.add_argument("--memory", type=float, metavar="BYTES", help="for activations and messages, on each rank")
+    plan.add_argument(
+        "--memory", type=_positive, metavar="BYTES", help="of each rank, for weights, activations and messages"
+    )
+    plan.add_argument(
+        "--bytes-per-parameter",
+        type=_positive,
+        default=16.0,
+        metavar="BYTES",
+        help="of weight, gradient and optimizer state; 16: float32 and Adam",
+    )
     plan.add_argument("--schedule", metavar="NAME", help="which one is written and drawn; otherwise the fastest")
     plan.add_argument(
         "--out",
@@ -64,6 +74,26 @@ def main(arguments: Sequence[str] | None = None) -> None:
         plan.error(str(error))
 
 
+def _number(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"a whole number from 1 on is needed; got {text!r}")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    return 0.0 if text in ("0", "0.0") else _positive(text)
+
+
+def _positive(text: str) -> float:
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0.0
+    if not found > 0:
+        raise argparse.ArgumentTypeError(f"a number above 0 is needed; got {text!r}")
+    return found
+
+
 class _MistakeError(Exception):
     """Something in the arguments is wrong; the text says what."""
 
@@ -74,6 +104,8 @@ class _Described(NamedTuple):
 
 
 def _plan(given: argparse.Namespace) -> None:
+    if given.out:
+        _check_out(Path(given.out))
     described = _of_file(Path(given.model)) if given.model.endswith(".json") else _of_module(given)
     costs = replace(described.costs, latency=given.latency, bytes_per_second=given.bandwidth)
     try:
@@ -103,11 +135,19 @@ def _write(name: str, text: str) -> None:
     sys.stdout.write(f"wrote {name}\n")
 
 
+def _check_out(out: Path) -> None:
+    if out.is_dir():
+        raise _MistakeError(f"--out is what names of files begin with, and {out} is a folder: say {out / 'best'}")
+    if not out.parent.is_dir():
+        raise _MistakeError(f"--out {out}: there is no folder {out.parent}; make it first")
+
+
 _TUPLES = ("forward", "input_grad", "weight_grad", "kept_bytes", "message_bytes")
+_MORE = ("backward", "held_bytes")  # may be left out
 
 
 def _lists(costs: Costs) -> dict[str, Any]:
-    return {name: value for name, value in asdict(costs).items() if name in _TUPLES}
+    return {name: value for name, value in asdict(costs).items() if name in _TUPLES + _MORE}
 
 
 def _of_file(path: Path) -> _Described:
@@ -127,7 +167,12 @@ def _of_module(given: argparse.Namespace) -> _Described:
     if not colon:
         raise _MistakeError(f"MODEL is module:attribute or a file that ends in .json; got {given.model!r}")
     sys.path.insert(0, str(Path.cwd()))  # as python -m does
-    found = vars(importlib.import_module(name))
+    try:
+        found = vars(importlib.import_module(name))
+    except ImportError as error:
+        raise _MistakeError(
+            f"the module {name!r} cannot be imported: {error}; it is looked for in this folder and where Python looks"
+        ) from error
     missing = [wanted for wanted in (attribute, given.sample) if wanted not in found]
     if missing:
         raise _MistakeError(f"{name} has no {' and no '.join(missing)}: MODEL is module:attribute, --sample a function")
@@ -138,7 +183,8 @@ def _of_module(given: argparse.Namespace) -> _Described:
             f"{given.model} has to be a PipelineModule, or a function that returns one; got {type(model)}"
         )
     sample, target = found[given.sample](*([] if given.batch is None else [given.batch]))
-    return _Described(measure_costs(model, sample, target, repeats=given.repeats), model.layer_names)
+    costs = measure_costs(model, sample, target, repeats=given.repeats, bytes_per_parameter=given.bytes_per_parameter)
+    return _Described(costs, model.layer_names)
 
 
 if __name__ == "__main__":

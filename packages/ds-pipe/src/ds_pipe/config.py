@@ -20,6 +20,11 @@ class PipeConfig:
     """A text file with a schedule to be used instead; see :class:`ds_pipe.Schedule`."""
     plan: str | None = None
     """A file of ``ds pipe plan --out``, ``PREFIX.plan.json``: its schedule and its cut are used."""
+    replan: int | None = None
+    """After so many steps, at least 3, a schedule is made for what they have cost, with the same stages on the same
+    ranks, and used if it is predicted to be faster; see :class:`ds_pipe.replanning.Replanning`. None: never."""
+    keep_freed_memory: bool = False
+    """Let the process keep memory that it frees, see :func:`ds_pipe.host_memory.keep_freed_memory`; for the CPU."""
     timeout: float = 600.0
     """Seconds that a message may take before its receiver gives up."""
 
@@ -30,5 +35,11 @@ class PipeConfig:
         both = [f"{key} = {value!r}" for key, value in said.items() if value is not None]
         if len(both) > 1:
             raise ValueError(f"{' and '.join(both)} each say what the schedule is; keep one")
+        if self.schedule == "forward_only":
+            raise ValueError(
+                "schedule = 'forward_only' has no backward passes: name one to train by; evaluations use its forwards"
+            )
+        if self.replan is not None and self.replan < 3:
+            raise ValueError(f"replan must be at least 3 steps, of which one warms up; got {self.replan}")
         if self.chunks is not None and self.chunks < 1:
             raise ValueError(f"chunks must be a positive number of stages, got {self.chunks}")

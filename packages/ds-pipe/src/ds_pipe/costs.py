@@ -21,7 +21,7 @@ class Costs:
     forward: tuple[float, ...]
     """Time of F of each stage."""
     input_grad: tuple[float, ...]
-    """Time of I of each stage; B takes as long as I and W."""
+    """Time of I of each stage."""
     weight_grad: tuple[float, ...]
     """Time of W of each stage."""
     kept_bytes: tuple[float, ...]
@@ -32,6 +32,10 @@ class Costs:
     """Time of a message of no bytes."""
     bytes_per_second: float = float("inf")
     """Speed of a link between two ranks, in each direction."""
+    backward: tuple[float, ...] = ()
+    """Time of B of each stage, where it is known; none: B takes as long as I and W."""
+    held_bytes: tuple[float, ...] = ()
+    """What each stage has throughout: weights, their gradients, the optimizer's state; none: nobody asks."""
     unshard: float = 0.0
     """Time of gathering the parameters of a stage."""
     reduce: float = 0.0
@@ -41,6 +45,7 @@ class Costs:
 
     def __post_init__(self) -> None:
         lengths = {len(getattr(self, name)) for name in ("forward", "input_grad", "weight_grad", "kept_bytes")}
+        lengths |= {len(each) for each in (self.backward, self.held_bytes) if each}
         if lengths != {len(self.message_bytes)}:
             raise ValueError(f"every tuple needs one number for each stage; got lengths {sorted(lengths)}")
         if self.latency < 0 or not self.bytes_per_second > 0:
@@ -82,7 +87,7 @@ class Costs:
         if instruction.op is Op.W:
             return self.weight_grad[stage]
         if instruction.op is Op.B:
-            return self.input_grad[stage] + self.weight_grad[stage]
+            return self.backward[stage] if self.backward else self.input_grad[stage] + self.weight_grad[stage]
         return {Op.UNSHARD: self.unshard, Op.REDUCE: self.reduce}.get(instruction.op, 0.0)
 
     def nbytes(self, value: Value) -> float:

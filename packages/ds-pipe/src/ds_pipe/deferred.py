@@ -73,16 +73,20 @@ class DeferredWeights(TorchFunctionMode):
         """Compute what was left out, and give it to the parameters."""
         # what several uses of a parameter give is added up first, as autograd does: another order has other bits
         grads, self._known = self._known, {}
+        products: dict[Tensor, list[tuple[Tensor, Tensor]]] = {}
         for given, grad, weight, bias in self._notes:
             rows = grad.reshape(-1, grad.shape[-1])
-            found = rows.t().mm(given.reshape(-1, given.shape[-1]))
-            grads[weight] = grads[weight] + found if weight in grads else found
+            products.setdefault(weight, []).append((rows, given.reshape(-1, given.shape[-1])))
             if bias is not None and bias.requires_grad:
                 summed = rows.sum(0)
                 grads[bias] = grads[bias] + summed if bias in grads else summed
         self._notes.clear()
-        if grads:
-            torch.autograd.backward([*grads], [*grads.values()])
+        # autograd takes the node made last first: so weights come in the order of a backward pass
+        with torch.enable_grad():
+            late = [_product(weight, each, grads.pop(weight, None)) for weight, each in [*products.items()][::-1]]
+        del products
+        if grads or late:
+            torch.autograd.backward([*grads, *late], [*grads.values(), *(torch.empty_like(node) for node in late)])
 
 
 def in_force() -> DeferredWeights | None:
@@ -135,3 +139,29 @@ class _Linear(torch.autograd.Function):
         (grad,) = grads
         ctx.uses.notes.append((given.detach(), grad, ctx.uses.weight, ctx.uses.bias))
         return grad.matmul(weight), None
+
+
+def _product(weight: Tensor, products: list[tuple[Tensor, Tensor]], known: Tensor | None) -> Tensor:
+    node: Tensor = _Products.apply(weight, products, known)  # type: ignore[no-untyped-call]  # torch's
+    return node
+
+
+class _Products(torch.autograd.Function):
+    """A node whose backward pass computes the gradient of one weight.
+
+    So one such gradient is there at a time, whose memory serves the next one; its sum with what was there takes it up.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, products: list[tuple[Tensor, Tensor]], known: Tensor | None) -> Tensor:
+        ctx.products, ctx.known = products, known
+        return weight.new_empty(())
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None]:
+        found = ctx.known
+        for rows, given in ctx.products:
+            product = rows.t().mm(given)
+            found = product if found is None else found + product
+        ctx.products.clear()
+        return found, None, None

@@ -89,6 +89,7 @@ class _State:
         self._lead = [0] * len(placement)  # by stage, forwards whose gradient has not come
         self._owed = [0] * len(memory)  # weight gradients put off
         self._there: dict[Value, float] = {}
+        self._links: dict[tuple[int, int], float] = {}  # when each is free
         self._next = {(op, stage): 0 for op in (Op.F, Op.I, Op.W) for stage in range(len(placement))}
         self.order: Order = [[] for _ in self._free]
         for rank, room in enumerate(self._room):
@@ -126,8 +127,16 @@ class _State:
         # what a stage lends leaves after its first forward
         lent = lend(one.stage, self._skips).writes if one.op is Op.F and one.micro_batch == 0 else ()
         for value in (*one.writes, *lent):
-            away = self._placement[value.stage] != rank
-            self._there[value] = end + (self._costs.message_seconds(value) if away else 0.0)
+            self._there[value] = self._arrival(value, rank, end)
+
+    def _arrival(self, value: Value, rank: int, end: float) -> float:
+        """Return when a value is where it is needed; messages take their turns on a link."""
+        peer = self._placement[value.stage]
+        if peer == rank:
+            return end
+        arrival = max(end, self._links.get((rank, peer), 0.0)) + self._costs.message_seconds(value)
+        self._links[rank, peer] = arrival - self._costs.latency
+        return arrival
 
     def _candidates(self, rank: int) -> list[tuple[float, Instruction]]:
         """What a rank could do next, and when what it needs is there."""

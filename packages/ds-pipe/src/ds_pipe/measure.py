@@ -15,27 +15,33 @@ from torch.utils import _pytree as pytree
 
 from .costs import Costs
 from .handing import Handed
+from .keeping import keeping
 from .model import PipelineModule
 from .stage import Kept, Stage
 
 
-def measure_costs(model: PipelineModule, sample: Any, target: Any = None, *, repeats: int = 5) -> Costs:
+def measure_costs(
+    model: PipelineModule, sample: Any, target: Any = None, *, repeats: int = 5, bytes_per_parameter: float = 16.0
+) -> Costs:
     """Return what each layer costs in one micro-batch: each counts as a stage; ``staged`` adds them up.
 
-    A layer is made and run as a pipeline runs it, by itself: forward, backward to its input, and to its weights; once
-    to warm up, then ``repeats`` times, of which the median counts. So the figures are those of this machine with what
-    else runs on it, of the number of threads that is set, and of this shape of micro-batch.
+    A layer is made and run as a pipeline runs it, by itself: forward, backward to its input, and to its weights, and
+    forward and backward in one; once to warm up, then ``repeats`` times, of which the median counts. So the figures are
+    those of this machine with what else runs on it, of the number of threads that is set, and of this shape of
+    micro-batch.
 
-    What they leave out: a whole backward counts as both halves, though it may be faster; a layer finds its memory warm
-    here, and cold behind others; communication, the optimizer, and what tied weights send are not measured. Of layers
-    that are recomputed, each is so by itself. Bytes kept are those of tensors that autograd saves, each storage once,
-    at the first layer that saves it, without parameters and buffers.
+    What they leave out: a layer finds its memory warm here, and cold behind others; communication, the optimizer, and
+    what tied weights send are not measured: see ``Pipeline.costs`` for what a run costs. Of layers that are recomputed,
+    each is so by itself. Bytes kept are those of tensors that autograd saves, each storage once, at the first layer
+    that saves it, without parameters and buffers.
 
     Args:
         model: Its layers are made one at a time, so the whole model need not fit.
         sample: One micro-batch; layers are moved to the device of its first tensor.
         target: For ``model.loss_fn``, whose time is the last layer's; without one the output's gradient is 1.
         repeats: At least one.
+        bytes_per_parameter: Of each trained one, with its gradient and the optimizer's state; the default is float32
+            with Adam. Others, and buffers, count as what they are. A tied weight counts where it is first.
 
     Raises:
         ValueError: Too few repeats.
@@ -49,6 +55,7 @@ def measure_costs(model: PipelineModule, sample: Any, target: Any = None, *, rep
         raise ValueError(f"repeats has to be at least 1; got {repeats}")
     tied: dict[str, nn.Parameter] = {}
     stashed: dict[str, Any] = {}
+    counted: set[Tensor] = set()
     saved: set[int] = set()  # storages of ``value`` that a layer before has saved
     found = []
     value = sample
@@ -59,9 +66,11 @@ def measure_costs(model: PipelineModule, sample: Any, target: Any = None, *, rep
         targets = [target] if loss is not None else []
         incoming = float(sum(leaf.nbytes for leaf in _tensors(value)))
         kept_bytes, out = _kept_bytes(stage, value, targets, saved)
-        times = [_timed(stage, value, targets) for _ in range(1 + repeats)][1:]
-        forward, input_grad, weight_grad = (statistics.median(each) for each in zip(*times, strict=True))
-        found.append(_Found(forward, input_grad, weight_grad, kept_bytes, incoming))
+        whole = Stage(layer, loss=loss)
+        times = [(*_timed(stage, value, targets), _whole(whole, value, targets)) for _ in range(1 + repeats)][1:]
+        forward, input_grad, weight_grad, backward = (statistics.median(each) for each in zip(*times, strict=True))
+        held = _held(layer.part, bytes_per_parameter, counted)
+        found.append(_Found(forward, input_grad, weight_grad, backward, kept_bytes, incoming, held))
         saved &= {
             leaf.untyped_storage().data_ptr() for leaf in _tensors(out)
         }  # others are gone, and their addresses free
@@ -70,6 +79,8 @@ def measure_costs(model: PipelineModule, sample: Any, target: Any = None, *, rep
         forward=tuple(each.forward for each in found),
         input_grad=tuple(each.input_grad for each in found),
         weight_grad=tuple(each.weight_grad for each in found),
+        backward=tuple(each.backward for each in found),
+        held_bytes=tuple(each.held_bytes for each in found),
         kept_bytes=tuple(each.kept_bytes for each in found),
         message_bytes=tuple(each.message_bytes for each in found),
     )
@@ -95,6 +106,8 @@ def staged(costs: Costs, bounds: Sequence[int]) -> Costs:
         forward=sums(costs.forward),
         input_grad=sums(costs.input_grad),
         weight_grad=sums(costs.weight_grad),
+        backward=sums(costs.backward) if costs.backward else (),
+        held_bytes=sums(costs.held_bytes) if costs.held_bytes else (),
         kept_bytes=sums(costs.kept_bytes),
         message_bytes=tuple(costs.message_bytes[first] for first in bounds[:-1]),
     )
@@ -106,8 +119,10 @@ class _Found(NamedTuple):
     forward: float
     input_grad: float
     weight_grad: float
+    backward: float
     kept_bytes: float
     message_bytes: float
+    held_bytes: float
 
 
 class _Layer(nn.Module):
@@ -150,6 +165,24 @@ def _timed(stage: Stage, value: Any, targets: Sequence[Any]) -> tuple[float, flo
     return second - first, third - second, fourth - third
 
 
+def _whole(stage: Stage, value: Any, targets: Sequence[Any]) -> float:
+    """Return the seconds of B."""
+    _, _, kept = stage.forward(value, targets, scale=1.0)
+    grads = _grads(stage, kept, targets)
+    start = _now(value)
+    stage.backward(kept, grads)
+    seconds = _now(value) - start
+    stage.module.zero_grad()
+    return seconds
+
+
+def _held(part: nn.Module, bytes_per_parameter: float, counted: set[Tensor]) -> float:
+    """Return the bytes that a layer has throughout, without those ``counted``, to which its own are added."""
+    known = {*part.parameters(), *part.buffers()} - counted
+    counted |= known
+    return sum(tensor.numel() * bytes_per_parameter if tensor.requires_grad else tensor.nbytes for tensor in known)
+
+
 def _grads(stage: Stage, kept: Kept, targets: Sequence[Any]) -> list[Tensor] | None:
     return None if targets else [torch.ones_like(out) for out in kept.outputs]
 
@@ -159,21 +192,10 @@ def _kept_bytes(stage: Stage, value: Any, targets: Sequence[Any], saved: set[int
 
     Adds them to ``saved``.
     """
-    own = {known.untyped_storage().data_ptr() for known in (*stage.module.parameters(), *stage.module.buffers())}
-    nbytes = 0.0
-
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal nbytes
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own | saved:
-            saved.add(storage.data_ptr())
-            nbytes += storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with keeping(stage.module, saved) as counted:
         # with all it keeps, until everything has been counted
         out, _, _kept = stage.forward(value, targets, scale=1.0)
-    return nbytes, out
+    return counted.nbytes, out
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -23,7 +23,10 @@ from torch import Tensor
 from .instruction import Value
 from .packets import Layout, Signature, signature_of
 
-_PREFIX = 64  # bytes: two int64, the length of the signature (0: the agreed one) and of the payload that follow
+_PREFIX = 64  # bytes: three int64, the length of the signature (0: the agreed one) and of the payload that follow,
+# and when it was sent, in nanoseconds of the sender's clock
+_HEAD = 24
+_AT_ONCE = 1e-4  # seconds; who waits less for a message has found it there
 _KINDS = {"x": 0, "g": 1, "s": 2, "t": 3}
 _NEVER = 2**31 - 1  # a tag with which nothing is sent
 
@@ -38,6 +41,20 @@ class MessageError(RuntimeError):
     def __init__(self, text: str, peer: int) -> None:
         self.peer = peer
         super().__init__(text)
+
+
+class Trip(NamedTuple):
+    """A message that its receiver has waited for."""
+
+    peer: int  # its sender
+    seconds: float  # from sending to its end, plus how far the receiver's clock is ahead of the sender's
+
+
+class Traffic(NamedTuple):
+    """The messages of one step, on one rank."""
+
+    nbytes: dict[str, int]  # by what it is: "x1", of a skip "name:"; payloads
+    trips: list[Trip]
 
 
 class _Channel(NamedTuple):
@@ -93,6 +110,9 @@ class Messages:
         self._agreed: dict[_Channel, Layout] = {}
         self._last: dict[_Channel, tuple[int, Layout]] = {}  # of this step: micro-batch, and how it came
         self._leaving: list[_Leaving] = []
+        self._trips: list[Trip] = []
+        self.waited = 0.0
+        """Seconds of waiting for messages so far."""
 
     def send(self, name: Value, value: Any, dst: int) -> None:
         """Begin to send ``value``, a copy of it, to rank ``dst`` of the group."""
@@ -100,14 +120,14 @@ class Messages:
         signature, tensors = signature_of(value)
         layout = agreed = self._agreed.get(channel, self._nothing)
         first = torch.empty(_PREFIX + agreed.nbytes, dtype=torch.uint8)
-        prefix = first[:16].view(torch.int64)
+        prefix = first[:_HEAD].view(torch.int64)
         if signature == agreed.signature:
-            prefix.zero_()
             agreed.write(tensors, first[_PREFIX:])
+            prefix.copy_(torch.tensor((0, 0, time.monotonic_ns())))
             self._push(first, name, dst, 0)
         else:
             text, layout = signature.dump(), Layout(signature)
-            prefix[0], prefix[1] = len(text), layout.nbytes
+            prefix.copy_(torch.tensor((len(text), layout.nbytes, 0)))
             self._push(first, name, dst, 0)
             head = -(-len(text) // _PREFIX) * _PREFIX
             second = torch.empty(head + layout.nbytes, dtype=torch.uint8)
@@ -130,9 +150,12 @@ class Messages:
             MessageError: It did not come in time, or its sender has ended.
         """
         name, channel, layout, first, work, _ = arrival
+        before = self.waited
         self._wait(work, name, channel.peer, self._rank, channel.peer)
-        text_bytes, nbytes = first[:16].view(torch.int64).tolist()
+        text_bytes, nbytes, sent = first[:_HEAD].view(torch.int64).tolist()
         if not text_bytes:
+            if self.waited - before > _AT_ONCE:
+                self._trips.append(Trip(channel.peer, 1e-9 * (time.monotonic_ns() - sent)))
             self._note(channel, name, layout)
             return layout.read(first[_PREFIX:])
         head = -(-text_bytes // _PREFIX) * _PREFIX
@@ -142,8 +165,8 @@ class Messages:
         self._note(channel, name, layout)
         return layout.read(second[head:])
 
-    def finish(self) -> None:
-        """Return when all that was sent has left; agree on signatures for the next step.
+    def finish(self) -> Traffic:
+        """Return what came and went when all that was sent has left; agree on signatures for the next step.
 
         Raises:
             MessageError: A message was not taken in time, or its receiver has ended.
@@ -152,7 +175,14 @@ class Messages:
             self._wait(work, name, self._rank, dst, dst)
         self._leaving.clear()
         self._agreed.update((channel, layout) for channel, (_, layout) in self._last.items())
+        nbytes = {
+            f"x{channel.stage}" if channel.kind == "x" else f"{channel.skip}:": layout.nbytes
+            for channel, (_, layout) in self._last.items()
+            if channel.kind in "xs"
+        }
+        trips, self._trips = self._trips, []
         self._last.clear()
+        return Traffic(nbytes, trips)
 
     def hang_up(self) -> None:
         """Close the connections of the group, so that no rank waits for this one in vain; gloo's only.
@@ -187,6 +217,7 @@ class Messages:
         start = time.monotonic()
         try:
             work.wait(self._timeout)
+            self.waited += time.monotonic() - start
         except RuntimeError as error:
             seconds = time.monotonic() - start
             early = seconds < self._timeout.total_seconds()

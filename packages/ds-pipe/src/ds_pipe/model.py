@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
+from itertools import groupby
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ from .stash import pairs_of
 if TYPE_CHECKING:
     from .part import Part
 
+_RUNS = 6  # that repr shows
 _METHODS = "'uniform', 'parameters' and 'type:REGEX'"
 
 
@@ -137,6 +139,17 @@ class PipelineModule:
             raise ValueError(f"activation_checkpoint_interval is a number of layers, or 0; got {self._interval}")
         if self._method.lower() not in ("uniform", "parameters") and not self._method.lower().startswith("type:"):
             raise ValueError(f"partition_method is one of {_METHODS}; got {self._method!r}")
+
+    def __repr__(self) -> str:
+        return (
+            f"PipelineModule of {self.num_layers} layers, {self._runs()}; num_stages={self.num_stages}, "
+            f"{len(self.ties)} tied, {'with' if self.loss_fn else 'without'} loss"
+        )
+
+    def _runs(self) -> str:
+        """Return the kinds of layers, those in a row counted, in the middle shortened."""
+        runs = [f"{sum(1 for _ in same)} {kind}" for kind, same in groupby(layer.kind for layer in self._layers)]
+        return ", ".join(runs if len(runs) <= _RUNS else [*runs[: _RUNS - 2], "...", runs[-1]])
 
     @property
     def num_layers(self) -> int:

@@ -214,3 +214,6 @@ ORDERS: Mapping[str, Named] = MappingProxyType(
     }
 )
 """Every fixed schedule, by name."""
+
+TRAINING = tuple(name for name in ORDERS if name != "forward_only")
+"""The names of those that have backward passes."""

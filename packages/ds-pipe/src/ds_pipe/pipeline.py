@@ -9,11 +9,12 @@ needs its value, so the order of everything else stays as it is.
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,10 @@ from .messages import Arrival, MessageError, Messages
 from .schedule import Row, Schedule, splits_backward
 from .skips import Skip, leaving
 from .stage import Kept, Stage
+
+if TYPE_CHECKING:
+    from .costs import Costs
+    from .times import Times
 
 _EARLY = 2  # computations; see [Note: Early receives]
 
@@ -138,6 +143,7 @@ class Pipeline:
             raise ValueError(f"rank {self.rank} has to lend {sorted(lent)}; got {sorted(lends)}")
         splits = splits_backward(schedule)
         self.schedule = schedule
+        self._group = group
         self._of = _of_all(group)
         self._lends = lends
         self._copies = parameters is not None  # what is lent: the owner may free it before it is given back
@@ -170,6 +176,7 @@ class Pipeline:
         *,
         scale: float | None = None,
         around: Callable[[int, int], AbstractContextManager[None]] | None = None,
+        times: Times | None = None,
     ) -> list[Any]:
         """Do one step but for the optimizer's part, which is the caller's.
 
@@ -178,6 +185,7 @@ class Pipeline:
             targets: Their targets; needed on the rank of the last stage, if it has a loss.
             scale: What each loss is multiplied by before its backward pass; None: one over their number.
             around: Returns what is entered around each forward pass, given stage and micro-batch.
+            times: Notes how long everything takes; see :meth:`costs`.
 
         Returns:
             On the rank of the last stage the loss of each micro-batch, or its output without a loss (in an evaluation,
@@ -188,19 +196,47 @@ class Pipeline:
             ValueError: Too few micro-batches, or the ranks run different schedules.
         """
         scale = 1 / self.schedule.num_micro_batches if scale is None else scale
-        step = _Step(inputs, targets, scale, around or _nothing_around)
+        around = around or _nothing_around
+        if times is not None:
+            around = times.around({index: stage.module for index, stage in self._stages.items()}, around)
+        step = _Step(inputs, targets, scale, around)
         try:
             self._check(inputs, targets)
             with torch.set_grad_enabled(self.schedule.trains):
                 for step.at, one in self._program:
+                    start, waited = time.perf_counter(), self._waited
                     _RUN[one.op](self, step, one)
+                    if times is not None:
+                        times.note(one, time.perf_counter() - start - (self._waited - waited))
             step.at = len(self._row)
             if self._messages is not None:
-                self._messages.finish()
+                traffic = self._messages.finish()
+                if times is not None:
+                    times.note_traffic(traffic)
         except Exception as error:
             self._fail(step, error)
             raise
         return step.losses
+
+    def costs(self, times: Times) -> Costs:
+        """Return what steps have cost, on all ranks the same; all ranks call it, between steps.
+
+        What each operation of each stage took, without waiting; messages as they went among computations, and the
+        speed of the links, for which some are sent now. From these, ``make_greedy_schedule`` makes a schedule for the
+        same stages on the same ranks. A stage whose backward passes were whole in all steps counts as if half of each
+        was for weights; one that no message enters, as if its input had no bytes.
+
+        Args:
+            times: Of at least one step of all ranks, of this schedule or of one with the same placement.
+
+        Raises:
+            ValueError: A stage was not timed.
+        """
+        return times.costs(self.schedule.num_stages, self._group)
+
+    @property
+    def _waited(self) -> float:
+        return 0.0 if self._messages is None else self._messages.waited
 
     def _check(self, inputs: Sequence[Any], targets: Sequence[Any]) -> None:
         count, last = self.schedule.num_micro_batches, self.schedule.num_stages - 1

@@ -9,11 +9,13 @@ from .build import make_greedy_schedule, make_schedule
 from .costs import Costs
 from .instruction import Op
 from .measure import staged
-from .orders import ORDERS, loop, vee
+from .orders import ORDERS, TRAINING, loop, vee
 from .partition import balanced
 from .schedule import Schedule
 from .simulate import Timeline, simulate
 from .validate import peak_bytes
+
+_TRIES = 4  # greedy schedules, each for less room than the one before
 
 
 class Plan(NamedTuple):
@@ -23,7 +25,7 @@ class Plan(NamedTuple):
     schedule: Schedule
     bounds: Sequence[int]  # where layers are cut into stages
     timeline: Timeline
-    peak_bytes: Sequence[float]  # by rank, as of ``peak_bytes``
+    peak_bytes: Sequence[float]  # by rank, as of ``peak_bytes``, and ``held_bytes`` of its stages
     fits: bool  # into the memory there is
 
     @property
@@ -42,76 +44,134 @@ class Plans(NamedTuple):
 def compare(costs: Costs, *, num_ranks: int, num_micro_batches: int, memory: float | None = None) -> Plans:
     """Return every schedule for a model, the fastest first.
 
+    With a limit of memory, no fixed schedule that fits is faster than the greedy one for the same stages on the same
+    ranks.
+
     Args:
         costs: Of each layer.
         num_ranks: Ranks of the pipeline.
         num_micro_batches: In one step.
-        memory: Bytes that kept activations, gradients and messages may take on each rank; greedy schedules keep within
-            for activations, the others fit or do not. None: no limit for those, and for greedy ones what 1F1B keeps.
+        memory: Bytes of each rank, for ``costs.held_bytes``, kept activations, gradients and messages; greedy schedules
+            are made to fit, the others fit or do not. None: no limit for those, and for greedy ones what 1F1B keeps.
 
     Raises:
-        ValueError: There are fewer layers than ranks.
+        ValueError: There are fewer layers than ranks, or numbers that cannot be.
 
     Example:
         >>> found = compare(Costs.uniform(8), num_ranks=2, num_micro_batches=4)
         >>> found.plans[0].name, found.plans[0].timeline.seconds, found.plans[-1].name
         ('zb_v', 50.0, '1f1b')
     """
+    if num_ranks < 1 or num_micro_batches < 1 or not (memory is None or memory > 0):
+        raise ValueError(
+            f"at least one rank and one micro-batch, and some memory; got {num_ranks}, {num_micro_batches} and {memory}"
+        )
     plans: list[Plan] = []
     impossible: dict[str, str] = {}
-    for name, chunks, make in _makers(num_ranks, num_micro_batches, memory):
-        if costs.num_stages < chunks * num_ranks:
-            impossible[name] = f"it has {chunks * num_ranks} stages, and there are {costs.num_stages} layers"
+    for name, placement, make in _makers(num_ranks):
+        if costs.num_stages < len(placement):
+            impossible[name] = f"it has {len(placement)} stages, and there are {costs.num_stages} layers"
             continue
-        bounds = balanced(_seconds(costs), chunks * num_ranks)
-        of_stages = staged(costs, bounds)
+        bounds = balanced(_seconds(costs), len(placement))
+        task = _Task(staged(costs, bounds), placement, num_ranks, num_micro_batches, memory)
         try:
-            schedule = make(of_stages)
+            made = [Plan(name, schedule, bounds, *_judged(schedule, task)) for schedule in make(task)]
         except ValueError as error:
             impossible[name] = str(error)
             continue
-        peak = peak_bytes(schedule, of_stages)
-        fits = memory is None or max(peak) <= memory
-        plans.append(Plan(name, schedule, bounds, simulate(schedule, of_stages), peak, fits))
+        if memory is not None and make is _greedy:
+            made += [plan._replace(name=name) for plan in plans if plan.schedule.placement == placement]
+        plans.append(min(made, key=_rank))
     if not plans:
         raise ValueError("; ".join(f"{name}: {why}" for name, why in impossible.items()))
-    return Plans(sorted(plans, key=lambda plan: (not plan.fits, plan.timeline.seconds)), impossible)
+    return Plans(sorted(plans, key=_rank), impossible)
 
 
-Maker = Callable[[Costs], Schedule]
+class _Task(NamedTuple):
+    """What a schedule is made for."""
+
+    costs: Costs  # of its stages
+    placement: tuple[int, ...]
+    num_ranks: int
+    num_micro_batches: int
+    memory: float | None
+
+    @property
+    def held(self) -> list[float]:
+        """Bytes that each rank has throughout."""
+        held = self.costs.held_bytes or (0.0,) * self.costs.num_stages
+        return [sum(held[s] for s, owner in enumerate(self.placement) if owner == r) for r in range(self.num_ranks)]
 
 
-def _makers(num_ranks: int, num_micro_batches: int, memory: float | None) -> Iterator[tuple[str, int, Maker]]:
-    """Return names, stages on each rank, and what makes a schedule of costs."""
-    for name, fixed in ORDERS.items():
-        fewest, most = fixed.chunks
-        if name != "forward_only":
-            for chunks in (fewest,) if most == fewest else (fewest, 2 * fewest):
-                made = _fixed(name, chunks, num_ranks, num_micro_batches)
-                yield name if chunks == fewest else f"{name} ({chunks} stages a rank)", chunks, made
-    placements = {
-        "greedy": loop(num_ranks),
-        "greedy (2 stages a rank)": loop(num_ranks, 2),
-        "greedy (V)": vee(num_ranks),
-    }
-    for name, placement in placements.items():
-        yield name, len(placement) // num_ranks, _greedy(placement, num_ranks, num_micro_batches, memory)
+Maker = Callable[[_Task], Sequence[Schedule]]
 
 
-def _fixed(name: str, chunks: int, num_ranks: int, num_micro_batches: int) -> Maker:
-    return lambda costs: make_schedule(
-        name, num_ranks=num_ranks, num_micro_batches=num_micro_batches, num_chunks=chunks, costs=costs
-    )
+def _judged(schedule: Schedule, task: _Task) -> tuple[Timeline, Sequence[float], bool]:
+    """Return what a schedule takes, in time and memory, and whether it fits."""
+    peaks = [sum(each) for each in zip(task.held, peak_bytes(schedule, task.costs), strict=True)]
+    return simulate(schedule, task.costs), peaks, task.memory is None or max(peaks) <= task.memory
 
 
-def _greedy(placement: Sequence[int], num_ranks: int, num_micro_batches: int, memory: float | None) -> Maker:
-    return lambda costs: make_greedy_schedule(
-        costs,
-        num_ranks=num_ranks,
-        num_micro_batches=num_micro_batches,
-        placement=placement,
-        memory=None if memory is None else num_ranks * [memory],
-    )
+def _rank(plan: Plan) -> tuple[bool, float]:
+    return not plan.fits, plan.timeline.seconds
+
+
+def _makers(num_ranks: int) -> Iterator[tuple[str, tuple[int, ...], Maker]]:
+    """Return names, placements, and what makes schedules of which the best counts; greedy ones last."""
+    most_chunks = 1
+    for name in TRAINING:
+        fewest, most = ORDERS[name].chunks
+        for chunks in (fewest,) if most == fewest else (fewest, 2 * fewest):
+            most_chunks = max(most_chunks, chunks)
+            yield (
+                name if chunks == fewest else f"{name} ({chunks} stages a rank)",
+                ORDERS[name].placement(num_ranks, chunks),
+                _fixed(name, chunks),
+            )
+    for chunks in (1, 2, most_chunks):
+        yield "greedy" if chunks == 1 else f"greedy ({chunks} stages a rank)", loop(num_ranks, chunks), _greedy
+    yield "greedy (V)", vee(num_ranks), _greedy
+
+
+def _fixed(name: str, chunks: int) -> Maker:
+    return lambda task: [
+        make_schedule(
+            name,
+            num_ranks=task.num_ranks,
+            num_micro_batches=task.num_micro_batches,
+            num_chunks=chunks,
+            costs=task.costs,
+        )
+    ]
+
+
+def _greedy(task: _Task) -> list[Schedule]:
+    """Return schedules with ever less room for activations, until all there is fits.
+
+    Raises:
+        ValueError: One micro-batch does not fit.
+    """
+    room = None if task.memory is None else [task.memory - held for held in task.held]
+    made: list[Schedule] = []
+    for _ in range(_TRIES):
+        try:
+            schedule = make_greedy_schedule(
+                task.costs,
+                num_ranks=task.num_ranks,
+                num_micro_batches=task.num_micro_batches,
+                placement=task.placement,
+                memory=room,
+            )
+        except ValueError:
+            if not made:
+                raise
+            return made
+        made.append(schedule)
+        _, peaks, fits = _judged(schedule, task)
+        if fits or room is None or task.memory is None:
+            return made
+        room = [left - max(0.0, peak - task.memory) for left, peak in zip(room, peaks, strict=True)]
+    return made
 
 
 def _seconds(costs: Costs) -> list[float]:

@@ -13,10 +13,12 @@ from torch import Tensor
 
 from .build import evaluation_of, make_schedule, with_skips
 from .config import PipeConfig
+from .host_memory import keep_freed_memory
 from .model import PipelineModule
 from .part import Part
 from .pipeline import Pipeline
 from .planned import read_plan
+from .replanning import Next, Replanning
 from .schedule import Schedule
 from .validate import validate
 
@@ -32,13 +34,15 @@ class StagePipeline:
     """Plays the role ``Pipeline``: steps with backward passes, and without.
 
     Args:
-        training: Runs the schedule.
-        evaluation: Runs its forward passes.
+        training: Says what runs a step.
+        evaluation: Runs forward passes.
         parts: The stages.
         seed: Of random numbers in the forward pass.
     """
 
-    def __init__(self, training: Pipeline, evaluation: Pipeline, parts: Mapping[int, Part], seed: int) -> None:
+    def __init__(
+        self, training: Callable[[], Next], evaluation: Pipeline, parts: Mapping[int, Part], seed: int
+    ) -> None:
         self._training = training
         self._evaluation = evaluation
         self._parts = parts
@@ -50,7 +54,8 @@ class StagePipeline:
         def around(stage: int, micro_batch: int) -> AbstractContextManager[None]:
             return self._parts[stage].keyed(self._seed, batches.keys[micro_batch])
 
-        return self._training.run(batches.inputs, batches.targets, scale=scale, around=around)
+        pipeline, times = self._training()
+        return pipeline.run(batches.inputs, batches.targets, scale=scale, around=around, times=times)
 
     def evaluate(self, batches: MicroBatches) -> Sequence[Any]:
         """Run the forward passes; returns losses, or outputs where there are no targets."""
@@ -67,6 +72,7 @@ class Cut:
         lent: By name of each tied weight that another stage borrows, the stage of this rank and its name there.
         shared: Names of the parameters that several stages have in common.
         timeout: How long a message may take.
+        replan: Steps after which a schedule is made for what they have cost; None: never.
     """
 
     def __init__(
@@ -78,6 +84,7 @@ class Cut:
         lent: Mapping[str, tuple[int, str]],
         shared: Collection[str],
         timeout: timedelta,
+        replan: int | None,
     ) -> None:
         self.modules = parts
         self.shared = shared
@@ -87,12 +94,14 @@ class Cut:
         self._loss = loss
         self._lent = lent
         self._timeout = timeout
+        self._replan = replan
 
     def connect(self, group: dist.ProcessGroup | None, parameters: StageParameters, *, seed: int) -> StagePipeline:
         """Return the pipeline over the ranks of ``group``."""
         lends = {name: self.modules[stage].get_parameter(weight) for name, (stage, weight) in self._lent.items()}
-        training, evaluation = (
-            Pipeline(
+
+        def connected(schedule: Schedule) -> Pipeline:
+            return Pipeline(
                 schedule,
                 self.modules,
                 group,
@@ -101,8 +110,13 @@ class Cut:
                 lends=lends,
                 timeout=self._timeout,
             )
-            for schedule in (self._schedule, evaluation_of(self._schedule))
-        )
+
+        evaluation = connected(evaluation_of(self._schedule))
+        if self._replan is not None:
+            training = Replanning(self._schedule, connected, self._replan).next
+        else:
+            always = Next(connected(self._schedule), None)
+            training = lambda: always  # noqa: E731
         return StagePipeline(training, evaluation, self.modules, seed)
 
 
@@ -113,12 +127,16 @@ class PipeBuilder:
         make: Makes the schedule.
         bounds: Where to cut, see ``PipelineModule.bounds``; None: as the model says.
         timeout: How long a message may take.
+        replan: As of ``Cut``.
     """
 
-    def __init__(self, make: MakeSchedule, *, bounds: Sequence[int] | None, timeout: timedelta) -> None:
+    def __init__(
+        self, make: MakeSchedule, *, bounds: Sequence[int] | None, timeout: timedelta, replan: int | None = None
+    ) -> None:
         self._make = make
         self._bounds = bounds
         self._timeout = timeout
+        self._replan = replan
 
     def cut(self, model: PipelineModule, *, rank: int, num_ranks: int, num_micro_batches: int) -> Cut:
         """Build what rank ``rank`` of ``num_ranks`` has of ``model``.
@@ -131,6 +149,8 @@ class PipeBuilder:
             raise ValueError("a pipeline is trained with the loss of its model: PipelineModule(..., loss_fn=...)")
         schedule = self._make(num_ranks, num_micro_batches)
         validate(schedule)
+        if not schedule.trains:
+            raise ValueError(f"the schedule {schedule.name!r} has no backward passes: it is for evaluation")
         if (schedule.num_ranks, schedule.num_micro_batches) != (num_ranks, num_micro_batches):
             raise ValueError(
                 f"the schedule {schedule.name!r} is for {schedule.num_ranks} ranks and {schedule.num_micro_batches} "
@@ -156,7 +176,13 @@ class PipeBuilder:
         }
         lent = {loan.skip: (loan.source, loan.weight) for loan in loans if loan.source in parts}
         return Cut(
-            schedule, parts, model.loss_fn, lent=lent, shared={loan.weight for loan in loans}, timeout=self._timeout
+            schedule,
+            parts,
+            model.loss_fn,
+            lent=lent,
+            shared={loan.weight for loan in loans},
+            timeout=self._timeout,
+            replan=self._replan,
         )
 
 
@@ -189,7 +215,9 @@ class PipePlugin:
         if config.plan is not None:
             planned = read_plan(Path(config.plan))
             make, bounds = (lambda _num_ranks, _num_micro_batches: planned.schedule), planned.bounds
-        return PipeBuilder(make, bounds=bounds, timeout=timedelta(seconds=config.timeout))
+        if config.keep_freed_memory:
+            keep_freed_memory()
+        return PipeBuilder(make, bounds=bounds, timeout=timedelta(seconds=config.timeout), replan=config.replan)
 
 
 def _configured(config: PipeConfig) -> MakeSchedule:

@@ -8,17 +8,19 @@ micro-batches, so sums of gradients keep their bits. Whatever the ranks try, the
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from operator import le
+from typing import NamedTuple
 
 from .costs import Costs
 from .greedy import greedy
-from .instruction import Op, compute, lend
-from .orders import ORDERS, Order, Slot
+from .instruction import Op, Value, compute, lend
+from .orders import ORDERS, TRAINING, Order, Slot
 from .skips import Skip
 
 _WORK = 400_000  # computations to look at, about a second
 _MOST = 3000  # changes to try
-_SEEDS = 2  # orders to begin with
+_SEEDS = 3  # orders to begin with
 _FAR = 6  # places
 
 
@@ -30,7 +32,7 @@ def best_order(
     *,
     skips: Sequence[Skip] = (),
 ) -> Order:
-    """Return an order made for ``costs``, at least as good as ``greedy``'s and as the fixed ones for this placement.
+    """Return an order made for ``costs``, at least as good as ``greedy``'s and as those of :func:`fixed_orders`.
 
     Time: about a second.
 
@@ -46,9 +48,7 @@ def best_order(
     """
     timed = _Timed(placement, costs, skips)
     seeds = [greedy(num_micro_batches, placement, costs, memory, skips=skips)]
-    for order in _fixed(num_micro_batches, placement):
-        if all(timed.peak(row) <= room for row, room in zip(order, memory, strict=True)):
-            seeds.append(order)
+    seeds += fixed_orders(num_micro_batches, placement, costs, memory)
     seeds.sort(key=timed.seconds)
     return min((refine(order, placement, costs, memory, skips=skips) for order in seeds[:_SEEDS]), key=timed.seconds)
 
@@ -90,19 +90,55 @@ def refine(
     return rows
 
 
+def fixed_orders(
+    num_micro_batches: int, placement: Sequence[int], costs: Costs, memory: Sequence[float]
+) -> list[Order]:
+    """Return the fixed orders for this placement that fit into the memory, as they are and with halved backward passes.
+
+    Args:
+        num_micro_batches: In the step.
+        placement: The rank of each stage.
+        costs: Of these stages.
+        memory: By rank, bytes that kept activations may take.
+    """
+    plain = _fixed(num_micro_batches, placement)
+    halved = [[_split(row) for row in order] for order in plain]
+    found = plain + [order for order in halved if order not in plain]
+    timed = _Timed(placement, costs, ())
+    return [order for order in found if all(map(le, map(timed.peak, order), memory))]
+
+
+def kept_peaks(order: Order, placement: Sequence[int], costs: Costs) -> list[float]:
+    """Return, by rank, the most bytes of activations that are kept at a time.
+
+    Args:
+        order: What the ranks compute.
+        placement: The rank of each stage.
+        costs: Of these stages.
+
+    Example:
+        >>> from .orders import gpipe, one_f_one_b
+        >>> [kept_peaks(order(2, 4), (0, 1), Costs.uniform(2)) for order in (gpipe, one_f_one_b)]
+        [[4.0, 4.0], [2.0, 1.0]]
+    """
+    timed = _Timed(placement, costs, ())
+    return [timed.peak(row) for row in order]
+
+
 def _fixed(num_micro_batches: int, placement: Sequence[int]) -> list[Order]:
-    """Return the fixed orders for this placement, backward passes in two halves."""
+    """Return the fixed orders for this placement."""
     num_ranks = max(placement) + 1
     chunks = len(placement) // num_ranks
     found = []
-    for name, fixed in ORDERS.items():
+    for name in TRAINING:
+        fixed = ORDERS[name]
         fewest, most = fixed.chunks
         fits = fewest <= chunks and (most is None or chunks <= most)
-        if name == "forward_only" or not fits or fixed.placement(num_ranks, chunks) != tuple(placement):
+        if not fits or fixed.placement(num_ranks, chunks) != tuple(placement):
             continue
         if name == "interleaved" and num_micro_batches % num_ranks:
             continue
-        found.append([_split(row) for row in fixed.order(num_ranks, num_micro_batches, chunks)])
+        found.append(fixed.order(num_ranks, num_micro_batches, chunks))
     return found
 
 
@@ -124,6 +160,14 @@ def _moved(row: Sequence[Slot], start: int, end: int) -> list[Slot] | None:
     return [*rest[:end], one, *rest[end:]]
 
 
+class _Known(NamedTuple):
+    """Of one computation."""
+
+    seconds: float
+    reads: Sequence[Value]
+    writes: Sequence[tuple[Value, int, float]]  # each with its consumer's rank, and how long it takes up the link
+
+
 class _Timed:
     """Follows orders quickly: what each computation needs, makes and takes is looked up."""
 
@@ -132,11 +176,12 @@ class _Timed:
         self._costs = costs
         self._skips = skips
         self._kept = costs.kept_bytes
-        self._known: dict[Slot, tuple[float, tuple[object, ...], Mapping[object, float]]] = {}
+        self._known: dict[Slot, _Known] = {}
 
     def seconds(self, rows: Sequence[Sequence[Slot]]) -> float:
         free, at = [0.0] * len(rows), [0] * len(rows)
-        there: dict[object, float] = {}
+        there: dict[Value, float] = {}
+        links: dict[tuple[int, int], float] = {}  # when each is free
         todo = sum(map(len, rows))
         while todo:
             before = todo
@@ -150,8 +195,13 @@ class _Timed:
                     except KeyError:
                         break
                     now += lasts
-                    for value, later in writes.items():
-                        there[value] = now + later
+                    for value, peer, passing in writes:
+                        if peer == rank:
+                            there[value] = now
+                        else:
+                            free_again = max(now, links.get((rank, peer), 0.0)) + passing
+                            links[rank, peer] = free_again
+                            there[value] = free_again + self._costs.latency
                     index += 1
                 todo -= index - at[rank]
                 free[rank], at[rank] = (now, index) if index > at[rank] else (free[rank], index)
@@ -169,15 +219,14 @@ class _Timed:
                 held -= self._kept[slot.stage]
         return peak
 
-    def _of(self, slot: Slot) -> tuple[float, tuple[object, ...], Mapping[object, float]]:
+    def _of(self, slot: Slot) -> _Known:
         found = self._known.get(slot)
         if found is None:
             one = compute(*slot, num_stages=len(self._placement), skips=self._skips)
             lent = lend(slot.stage, self._skips).writes if slot.op is Op.F and slot.micro_batch == 0 else ()
-            rank = self._placement[slot.stage]
-            writes: dict[object, float] = {
-                value: self._costs.message_seconds(value) if self._placement[value.stage] != rank else 0.0
+            writes = [
+                (value, self._placement[value.stage], self._costs.nbytes(value) / self._costs.bytes_per_second)
                 for value in (*one.writes, *lent)
-            }
-            found = self._known[slot] = (self._costs.seconds(one), one.reads, writes)
+            ]
+            found = self._known[slot] = _Known(self._costs.seconds(one), one.reads, writes)
         return found

@@ -1,0 +1,35 @@
+"""What the C library does with memory that was freed.
+
+[Note: Freed memory]
+A pipeline keeps the activations of several micro-batches, and frees them again. glibc gives what is free at the end of
+its heap back to the system, some megabytes at a time, and gets it anew a moment later: the system then clears every
+page of it, at the first touch. On a virtual machine that took 6 us for 4 KiB, 7 to 10 % of a step on the CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
+_LARGEST = 1 << 30  # bytes; larger tensors still come from the system, and go back to it
+
+
+def keep_freed_memory() -> None:
+    """Let this process keep what it frees, for its next tensors; see [Note: Freed memory].
+
+    Holds for all of the process, until it ends: its resident memory stays what it has been at most, and tensors of
+    less than 1 GiB come from the heap. Nothing changes for memory of a GPU.
+
+    Raises:
+        RuntimeError: The C library has no ``mallopt`` (it is not glibc), or refuses.
+
+    Example:
+        >>> keep_freed_memory()
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except AttributeError as error:
+        raise RuntimeError("freed memory can be kept with glibc only, whose mallopt is not there") from error
+    # -1: never give back
+    if not (mallopt(_TRIM_THRESHOLD, -1) and mallopt(_MMAP_THRESHOLD, _LARGEST)):
+        raise RuntimeError("glibc's mallopt has refused to keep freed memory")
