@@ -7,9 +7,10 @@
 
 All contenders live in the same two processes, one thread each, and take turns, in random order; a sample is one step
 between two barriers, the optimizer's (SGD) included. Samples during which others used the machine do not count, where
-enough are left. *floor*: each rank trains half of the layers on given inputs, both at once, and waits for nobody.
-Greedy schedules are made for what the first steps of the run have cost. *bubble* leaves out the optimizer. *faults*:
-pages that the system gives to a rank in one step; with --keep-freed all contenders keep freed memory.
+enough are left. *floor*: each rank trains half of the layers on given inputs, both at once, and waits for nobody; *x
+floor* is the median over rounds of how many times as long as the floor of the same round a step takes. Greedy schedules
+are made for what the first steps of the run have cost. *bubble* leaves out the optimizer. *faults*: pages that the
+system gives to a rank in one step; with --keep-freed all contenders keep freed memory.
 """
 
 from __future__ import annotations
@@ -55,7 +56,15 @@ def table(options: argparse.Namespace, report: dict[str, Any]) -> str:
     latency, speed = report.pop("link")
     numel = report.pop("numel")
     medians = {name: statistics.median(row["seconds"]) for name, row in report.items()}
-    columns = ["contender", "median step (s)", "quartiles", "x floor", "simulated (s)", "bubble", "simulated"]
+    columns = [
+        "contender",
+        "median step (s)",
+        "quartiles",
+        "x floor of its round",
+        "simulated (s)",
+        "bubble",
+        "simulated",
+    ]
     columns += ["points", "faults", "samples"]
     lines = [
         f"### {numel / 1e6:.1f} M parameters, blocks {' + '.join(map(str, options.parts))}, {MICRO_BATCHES} "
@@ -69,7 +78,7 @@ def table(options: argparse.Namespace, report: dict[str, Any]) -> str:
     ]
     for name, row in report.items():
         low, _, high = statistics.quantiles(row["seconds"], n=4)
-        cells = [name, f"{medians[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{medians[name] / medians['floor']:.3f}"]
+        cells = [name, f"{medians[name]:.3f}", f"{low:.3f} to {high:.3f}", f"{statistics.median(row['of floor']):.3f}"]
         if "measured bubble" in row:
             apart = row["measured bubble"] - row["simulated bubble"]
             cells += [f"{row['simulated seconds']:.3f}", f"{row['measured bubble']:.1%}"]

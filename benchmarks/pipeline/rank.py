@@ -10,6 +10,7 @@ import resource
 import statistics
 import time
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -65,7 +66,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         for name in order.sample(list(alive), len(alive)):
             found[name].append(_sample(alive[name]))
     costs = made.costs_of(alive["greedy"], work)
-    return {name: _row(name, contender, found[name], work) for name, contender in alive.items()} | {
+    floor = [sample.seconds for sample in found["floor"]]
+    return {name: _row(name, contender, found[name], work, floor) for name, contender in alive.items()} | {
         "link": (costs.latency, costs.bytes_per_second),
         "numel": sum(param.numel() for block in blocks for param in block.parameters()),
     }
@@ -119,12 +121,14 @@ def _both(value: bool) -> bool:
     return bool(flag)
 
 
-def _row(name: str, contender: Contender, samples: list[Sample], work: Work) -> dict[str, Any]:
+def _row(name: str, contender: Contender, samples: list[Sample], work: Work, floor: Sequence[float]) -> dict[str, Any]:
     both: list[Any] = [None] * RANKS
     dist.all_gather_object(both, samples)
-    pairs = _quiet(list(zip(*both, strict=True)))
+    rounds = list(zip(*both, strict=True))
+    pairs = _quiet(rounds)
     row: dict[str, Any] = {
         "seconds": [pair[0].seconds for pair in pairs],
+        "of floor": [pair[0].seconds / least for pair, least in zip(rounds, floor, strict=True) if pair in pairs],
         "faults": statistics.median(max(each.faults for each in pair) for pair in pairs),
     }
     if contender.ours is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -434,3 +435,91 @@ def test_compressed_gradients_on_the_data_axis(ranks: Pools) -> None:
     assert coded[0] != exact
     assert all(losses == coded[0] for losses in coded)
     assert abs(coded[0][-1] - exact[-1]) < 0.1 < exact[0] - exact[-1]
+
+
+def train_replanned(rank: Rank, setting: Setting, data: int) -> tuple[Outcome, list[str]]:
+    config = {**setting.config(), "pipeline": {"stages": setting.ranks, "schedule": setting.schedule, "replan": 3}}
+    engine, *_ = ds_core.initialize(
+        described(setting.dropout, tied=True), config=config, training_data=Sequences(), group=rank.group
+    )
+    said = Said()
+    logger = logging.getLogger("ds_pipe")
+    logger.addHandler(said)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    losses = [engine.train_batch().item() for _ in range(STEPS + 1)]
+    logger.setLevel(level)
+    logger.removeHandler(said)
+    return Outcome(losses, [engine.get_global_grad_norm()], exported(engine._sharded)), said.texts
+
+
+class Said(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+@pytest.mark.parametrize(("schedule", "stage"), [("gpipe", 0), ("zb_v", 3)])
+def test_bits_stay_when_the_schedule_changes(ranks: Pools, schedule: str, stage: int) -> None:
+    setting = Setting(schedule=schedule, dropout=0.2, tied=True, stage=stage)
+    want = ranks.run(train, setting._replace(schedule="1f1b", stage=0), STEPS + 1, size=1)
+    for pipeline, data in ((2, 1), (2, 2)):
+        found = ranks.run(train_replanned, setting._replace(ranks=pipeline), data, size=pipeline * data)
+        got = [outcome for outcome, _ in found]
+        assert_same_bits(whole(got), whole(want))
+        assert all(outcome.losses == want[0].losses for outcome in got)
+        # both ranks of a pipeline have the same costs; rank p * d + i is rank p of pipeline i
+        for first, second in zip(found[:data], found[data:], strict=True):
+            assert first[1] == second[1]
+            assert len(first[1]) == 1
+            assert first[1][0].startswith(f"pipeline: by the costs of the first steps {schedule} takes ")
+
+
+def train_compiled(rank: Rank, schedule: str, backend: str | None) -> tuple[Outcome, list[str]]:
+    setting = Setting(ranks=4, schedule=schedule)
+    config = {**setting.config(), "pipeline": {"stages": 4, "schedule": schedule}}
+    config["zero_optimization"] = {"stage": 1, "unit_classes": ["Block"]}
+    layers = [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), LayerSpec(Block, 0.0), LayerSpec(Block, 0.0)]
+    layers.append(LayerSpec(nn.Linear, WIDTH, VOCABULARY))
+    model = PipelineModule(layers, loss_fn=loss_of, partition_method="uniform")
+    engine, *_ = ds_core.initialize(model, config=config, training_data=Sequences(), group=rank.group)
+    refused = []
+    if backend is not None:
+        engine.compile(backend=backend)
+        assert engine.is_compiled
+        try:
+            engine.compile(backend=backend)
+        except RuntimeError as error:
+            refused.append(str(error))
+    losses = [engine.train_batch().item() for _ in range(2)]
+    return Outcome(losses, [engine.get_global_grad_norm()], exported(engine._sharded)), refused
+
+
+@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+def test_stages_without_blocks_stay_as_they_are_when_others_are_compiled(ranks: Pools, schedule: str) -> None:
+    """The first stage is an embedding, the last one a linear layer."""
+    want = [outcome for outcome, _ in ranks.run(train_compiled, schedule, None, size=4)]
+    found = ranks.run(train_compiled, schedule, "eager", size=4)
+    got = [outcome for outcome, _ in found]
+    assert_same_bits(whole(got), whole(want))
+    assert [outcome.losses for outcome in got] == [outcome.losses for outcome in want]
+    assert all(refused == ["the model is compiled already: compile it once, with all settings"] for _, refused in found)
+
+
+def compile_nothing(rank: Rank) -> str:
+    model = PipelineModule([LayerSpec(nn.Linear, 2, 2) for _ in range(2)], loss_fn=nn.functional.mse_loss)
+    config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    engine, *_ = ds_core.initialize(model, config=config, group=rank.group)
+    with pytest.raises(ValueError, match="no stage has anything to compile") as found:
+        engine.compile()
+    assert not engine.is_compiled
+    return str(found.value)
+
+
+def test_without_any_block_it_is_said_what_to_do(ranks: Pools) -> None:
+    first, second = ranks.run(compile_nothing, size=2)
+    assert first == second
+    assert "name the classes of the model's blocks in unit_classes" in first

@@ -66,6 +66,7 @@ class Chunks:
         self._trained = [chunk for chunk in chunks.values() if chunk.optimizer is not None]
         self.optimizer = self._trained[0].optimizer if self._trained else None
         self._num_micro_batches = num_micro_batches
+        self._is_compiled = False
         self.has_run = False  # whether there were passes since the last step
         settings = everybody(control, _settings(self.optimizer))
         if self.optimizer is None and any(row is not None for row in settings):
@@ -84,12 +85,28 @@ class Chunks:
     @property
     def is_compiled(self) -> bool:
         """Whether :meth:`compile` was called."""
-        return any(chunk.is_compiled for chunk in self._chunks.values())
+        return self._is_compiled
 
     def compile(self, **settings: Any) -> None:
-        """Compile the blocks of every stage."""
-        for chunk in self._chunks.values():
-            chunk.compile(**settings)
+        """Compile the blocks of every stage; one that has none, such as an embedding, stays as it is.
+
+        Raises:
+            ValueError: No stage of any rank has a block.
+            RuntimeError: It is compiled already.
+        """
+        if self._is_compiled:
+            raise RuntimeError("the model is compiled already: compile it once, with all settings")
+        refused = {}
+        for stage, chunk in self._chunks.items():
+            try:
+                chunk.compile(**settings)
+            except ValueError as error:
+                refused[str(stage)] = str(error)
+        found = everybody(self._control, [len(refused) < len(self._chunks), refused])
+        if not any(compiled for compiled, _ in found):
+            whys = {why for _, each in found for why in each.values()}
+            raise ValueError(f"no stage has anything to compile: {'; '.join(sorted(whys))}")
+        self._is_compiled = True
 
     def wrap_blocks(self, call: BlockCall) -> None:
         """Run each block of every stage as ``call(forward, *args, **kwargs)``."""
