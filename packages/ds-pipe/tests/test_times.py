@@ -146,7 +146,7 @@ class Fake:
 def test_the_schedule_changes_after_the_first_steps(caplog: pytest.LogCaptureFixture) -> None:
     costs = Costs.uniform(2, latency=0.5)
     schedule = make_schedule("1f1b", num_ranks=2, num_micro_batches=4)
-    made = Replanning(schedule, lambda each: Fake(each, costs), 4)  # type: ignore[arg-type, return-value]  # a fake
+    made = Replanning(schedule, lambda each: Fake(each, Costs.uniform(9)), 4, agree=lambda _: costs)  # type: ignore[arg-type, return-value]  # a fake
     with caplog.at_level(logging.INFO, logger="ds_pipe"):
         steps = [made.next() for _ in range(6)]
     assert [step.pipeline.schedule.name for step in steps] == ["1f1b", "1f1b:halved", "1f1b", "1f1b:halved"] + 2 * [
@@ -162,10 +162,10 @@ def test_the_schedule_changes_after_the_first_steps(caplog: pytest.LogCaptureFix
 def test_a_schedule_that_is_best_stays(caplog: pytest.LogCaptureFixture) -> None:
     costs = Costs.uniform(1)
     schedule = make_schedule("1f1b", num_ranks=1, num_micro_batches=2)
-    made = Replanning(schedule, lambda each: Fake(each, costs), 3)  # type: ignore[arg-type, return-value]  # a fake
+    made = Replanning(schedule, lambda each: Fake(each, costs), 3, agree=lambda each: each)  # type: ignore[arg-type, return-value]  # a fake
     with caplog.at_level(logging.INFO, logger="ds_pipe"):
         steps = [made.next() for _ in range(5)]
     assert steps[-1].pipeline.schedule == schedule
     assert "nothing changes" in caplog.text
     with pytest.raises(ValueError, match="replan after at least 3 steps; got 2"):
-        Replanning(schedule, lambda each: Fake(each, costs), 2)  # type: ignore[arg-type, return-value]  # a fake
+        Replanning(schedule, lambda each: Fake(each, costs), 2, agree=lambda each: each)  # type: ignore[arg-type, return-value]  # a fake

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .build import evaluation_of, make_schedule, with_skips
 from .config import PipeConfig
+from .costs import Costs
 from .host_memory import keep_freed_memory
 from .model import PipelineModule
 from .part import Part
@@ -113,11 +114,23 @@ class Cut:
 
         evaluation = connected(evaluation_of(self._schedule))
         if self._replan is not None:
-            training = Replanning(self._schedule, connected, self._replan).next
+            agree = _keep if group is None else _of_rank_0
+            training = Replanning(self._schedule, connected, self._replan, agree).next
         else:
             always = Next(connected(self._schedule), None)
             training = lambda: always  # noqa: E731
         return StagePipeline(training, evaluation, self.modules, seed)
+
+
+def _keep(costs: Costs) -> Costs:
+    return costs
+
+
+def _of_rank_0(costs: Costs) -> Costs:
+    """Return what the first rank of the job has; a model in stages takes all ranks of the job."""
+    given = [costs]
+    dist.broadcast_object_list(given, src=0)
+    return given[0]
 
 
 class PipeBuilder:

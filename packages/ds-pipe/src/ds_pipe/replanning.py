@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .build import halved, make_greedy_schedule
+from .costs import Costs
 from .instruction import COMPUTE
 from .orders import Slot
 from .pipeline import Pipeline
@@ -41,15 +42,24 @@ class Replanning:
         schedule: Of the first steps.
         connect: Makes a pipeline of a schedule; called in the same order on all ranks.
         steps: After which the schedule is made; at least 3.
+        agree: Returns, of the costs that each pipeline of the job has measured, the ones that count. Pipelines whose
+            gradients are added up have to compute in one order.
 
     Raises:
         ValueError: Fewer steps.
     """
 
-    def __init__(self, schedule: Schedule, connect: Callable[[Schedule], Pipeline], steps: int) -> None:
+    def __init__(
+        self,
+        schedule: Schedule,
+        connect: Callable[[Schedule], Pipeline],
+        steps: int,
+        agree: Callable[[Costs], Costs],
+    ) -> None:
         if steps < 3:
             raise ValueError(f"one step warms up, and two are measured: replan after at least 3 steps; got {steps}")
         self._connect = connect
+        self._agree = agree
         self._steps = steps
         self._done = 0
         self._times = Times()
@@ -67,7 +77,7 @@ class Replanning:
 
     def _replanned(self) -> Pipeline:
         before = self._pipeline.schedule
-        costs = self._pipeline.costs(self._times)
+        costs = self._agree(self._pipeline.costs(self._times))
         order = [[Slot(one.op, one.stage, one.micro_batch) for one in row if one.op in COMPUTE] for row in before.rows]
         made = make_greedy_schedule(
             costs,
