@@ -66,7 +66,7 @@ def run(folder: Path, source: str, command: list[str]) -> None:
         ("packages/ds-zero/README.md", 2, "", "assert norm > 0"),
         (
             "packages/ds-pipe/README.md",
-            5,
+            6,
             "",
             "assert len(losses) == 4 and bounds == [0, 4, 9] and schedule.num_stages == 8",
         ),

@@ -60,7 +60,7 @@ def compare(costs: Costs, *, num_ranks: int, num_micro_batches: int, memory: flo
     Example:
         >>> found = compare(Costs.uniform(8), num_ranks=2, num_micro_batches=4)
         >>> found.plans[0].name, found.plans[0].timeline.seconds, found.plans[-1].name
-        ('zb_v', 50.0, '1f1b')
+        ('greedy (4 stages a rank)', 49.0, '1f1b')
     """
     if num_ranks < 1 or num_micro_batches < 1 or not (memory is None or memory > 0):
         raise ValueError(
