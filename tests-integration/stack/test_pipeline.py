@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 import ds_core
 import pytest
 import torch
+from ds_comm import LinkCost
+from ds_comm.choosing import Level
 from ds_pipe import Costs, LayerSpec, PipelineModule, TiedLayerSpec, make_greedy_schedule
 from ds_pipe.planned import write_plan
 from ds_pipe.stash import Pop, Stash
@@ -521,3 +523,39 @@ def test_without_any_block_it_is_said_what_to_do(ranks: Pools) -> None:
     first, second = ranks.run(compile_nothing, size=2)
     assert first == second
     assert "name the classes of the model's blocks in unit_classes" in first
+
+
+def train_by_links(rank: Rank) -> tuple[list[float], list[str]]:
+    told: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
+    logger = logging.getLogger("ds_comm")
+    logger.setLevel(logging.INFO)
+    logger.addHandler(handler)
+    setting = Setting(stage=1, ranks=2, schedule="interleaved")
+    auto = {"step_seconds": 1e-6, "compute_seconds": 1e-7, "max_error": 1.0}
+    config = {
+        **setting.config(),
+        "pipeline": {"stages": setting.ranks, "schedule": setting.schedule},
+        "compression": {"auto": auto},
+    }
+    original = Level.probe
+    Level.probe = lambda *_: LinkCost(latency=0.0, bandwidth=100.0)  # type: ignore[method-assign]
+    try:
+        engine, *_ = ds_core.initialize(described(), config=config, training_data=Sequences(), group=rank.group)
+    finally:
+        Level.probe = original  # type: ignore[method-assign]
+    losses = [engine.train_batch().item() for _ in range(20)]
+    logger.removeHandler(handler)
+    return losses, told
+
+
+def test_codes_are_chosen_for_all_stages_of_a_rank(ranks: Pools) -> None:
+    exact = ranks.run(train_coded, False, size=4)[0]
+    found = ranks.run(train_by_links, size=4)
+    chosen = [text for _, told in found for text in told if "buffers of gradients" in text]
+    assert len(chosen) == 2, "the first data rank of each pipeline rank tells"
+    assert all("exact" not in text.split(";")[0] for text in chosen), "of every stage"
+    for losses, _ in found:
+        assert losses == found[0][0]
+        assert abs(losses[-1] - exact[-1]) < 0.2 < exact[0] - exact[-1]

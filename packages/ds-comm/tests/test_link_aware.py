@@ -128,3 +128,43 @@ def test_settings_are_checked() -> None:
         AutoConfig(max_error=1.5)
     with pytest.raises(ValueError, match="auto chooses codes of gradients, but gradients = 'int4'; keep one"):
         CompressionConfig(auto=AutoConfig(), gradients="int4")
+
+
+class Stages(NamedTuple):
+    names: list[str]
+    codes: tuple[str, ...]
+    squares: list[float]
+    trained_exactly: int  # micro-batches of the stage that is behind
+
+
+def in_stages(rank: Rank) -> Stages:
+    """Two stages of a pipeline on each rank, of which one is two micro-batches ahead."""
+    auto = AutoConfig(step_seconds=1e-9, compute_seconds=0.1, max_error=1.0)
+    cost = LinkCost(latency=0.0, bandwidth=1e2)
+    compression = LinkAwareCompression(CompressionConfig(auto=auto, block=64), accumulation=4, costs=(cost, cost))
+    ahead, behind = (compression.around(Messages(rank)) for _ in range(2))
+    exact = 0
+    for turn in range(7):
+        for comm in (ahead, ahead, behind, behind):
+            for key, numel in enumerate(NUMELS):
+                full = numbers(numel * rank.size, seed=100 * turn + rank.rank)
+                comm.reduce_scatter(torch.empty(numel), full, key=key).wait()
+        exact += 2 * (behind.accounts["reduce_scatter"].wire == behind.accounts["reduce_scatter"].exact)
+    report = compression.report
+    assert report is not None
+    return Stages([b.name for b in report.buckets], report.plan.codes, [b.squares for b in report.buckets], exact)
+
+
+def test_every_buffer_of_several_stages_on_a_rank_is_tried_and_chosen(ranks: RankPool) -> None:
+    first, other = ranks.run(in_stages, size=2)
+    assert first == other
+    assert first.names == [f"{level}.{key}" for level in (0, 1) for key in range(len(NUMELS))]
+    assert first.codes == ("ternary",) * 6
+    assert first.trained_exactly == 6  # one to warm up, four of a step, one that tries codes
+    # of both stages the sixth micro-batch was that of turn 2: the same numbers
+    assert first.squares[:3] == first.squares[3:]
+    means = [
+        sum(numbers(numel * 2, seed=200 + rank).double().square().sum().item() for rank in range(2)) / 2
+        for numel in NUMELS
+    ]
+    assert first.squares[:3] == pytest.approx(means, rel=1e-5)

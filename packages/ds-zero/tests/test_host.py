@@ -116,6 +116,23 @@ def test_pieces_may_begin_at_one_address(ranks: RankPool) -> None:
     ranks.run(exchange_of_beginnings, size=4)
 
 
+def broadcast_in_halves(rank: Rank, host_memory: bool) -> None:
+    parts = [[0, 2], [1, 3]]
+    comm = collectives_of(rank.group, TorchKernels(), device=CPU, host_memory=host_memory, parts=parts)
+    for shape in ((3, 4), (), (0,)):
+        tensor = torch.full(shape, float(rank.rank))
+        comm.broadcast(tensor)
+        assert torch.equal(tensor, torch.full(shape, float(rank.rank % 2)))
+    spread = torch.full((4, 3), float(rank.rank)).t()
+    comm.broadcast(spread)
+    assert torch.equal(spread, torch.full((3, 4), float(rank.rank % 2)))
+
+
+@pytest.mark.parametrize("host_memory", [True, False])
+def test_a_broadcast_among_some_ranks_stays_among_them(ranks: RankPool, host_memory: bool) -> None:
+    ranks.run(broadcast_in_halves, host_memory, size=4)
+
+
 # Where it is chosen #
 
 

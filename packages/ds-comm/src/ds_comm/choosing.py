@@ -43,7 +43,7 @@ class Chooser(Protocol):
         """Take note that a level reduces a key; return whether codes are to be tried on it."""
 
     def waited(self, seconds: float) -> None:
-        """Take note of time spent in a reduction."""
+        """Take note of time spent in a reduction, or in trying codes."""
 
 
 class Level:
@@ -96,7 +96,9 @@ class Level:
     def start(self, out: Tensor, full: Tensor, key: int) -> Handle:
         """Sum slice ``rank`` of every rank's ``full`` into ``out``."""
         if self._chooser.begins(self, key) and full.dtype in FLOATS:
+            start = time.perf_counter()
             self.trials[key] = self._try(full)
+            self._chooser.waited(time.perf_counter() - start)
         start = time.perf_counter()
         handle = self._reduction.start(out, full, key)
         self._chooser.waited(time.perf_counter() - start)

@@ -2,12 +2,13 @@
 
 [Note: Codes by measured links]
 At construction every level of ranks measures its exchanges. The first micro-batches reduce exact gradients: one to warm
-up, some to measure what a step takes beside its reductions, and one in which every code is tried on every buffer, for
-the squares it loses. Then the slowest rank's times and the sums of squares over all ranks make a plan (see
+up, some to measure what one takes beside its reductions, at least those of a whole step, and one in which every code
+is tried, for the squares it loses. Then the slowest rank's times and the mean squares of all ranks make a plan (see
 [Note: Plans]), which rank 0 decides and all ranks follow from then on. It is logged, and stands in ``report``.
 
-A micro-batch begins when the buffer that was reduced first is reduced again. On a device that works by itself, times
-are those of the host: there, give ``compute_seconds``.
+A micro-batch begins when the buffer that was reduced first is reduced again. Each buffer counts its own micro-batches,
+and the plan waits for the last: of several stages of a pipeline on one rank, one may be micro-batches ahead. On a
+device that works by itself, times are those of the host: there, give ``compute_seconds``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 import statistics
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -36,7 +38,7 @@ if TYPE_CHECKING:
 
 _logger = logging.getLogger(__package__)
 
-_WARM_UP, _TIMED = 1, 3  # micro-batches; one more tries codes
+_WARM_UP, _TIMED = 1, 3  # micro-batches, at least; one more tries codes
 _SHARE = 0.1  # of a step, for communication, where no target is given
 
 
@@ -97,7 +99,8 @@ class LinkAwareCompression:
         self._device = device or torch.device("cpu")
         self._accumulation, self._costs = accumulation, tuple(costs)
         self._levels: list[Level] = []
-        self._clock = _Clock()
+        self._clock = _Clock(accumulation)
+        self._trial = _WARM_UP + max(_TIMED, accumulation) + 1  # which micro-batch of a buffer tries codes
         self.report: Report | None = None
 
     @property
@@ -129,13 +132,14 @@ class LinkAwareCompression:
         """Take note that a level reduces a key; return whether codes are to be tried on it. All ranks call it."""
         if self.report is not None:
             return False
-        if self._clock.begins((self._levels.index(level), key)) and self._clock.rounds > _WARM_UP + _TIMED + 1:
+        buffer = self._levels.index(level), key
+        if self._clock.is_first(buffer) and self._clock.least() >= self._trial:
             self._decide()
             return False
-        return self._clock.rounds == _WARM_UP + _TIMED + 1
+        return self._clock.count(buffer) == self._trial
 
     def waited(self, seconds: float) -> None:
-        """Take note of time spent in a reduction."""
+        """Take note of time spent in a reduction, or in trying codes."""
         self._clock.waited += seconds
 
     # Decision #
@@ -146,7 +150,7 @@ class LinkAwareCompression:
         coding = sum(trial.seconds for trial in trials)
         costs = [cost for level in self._levels for cost in (level.cost.latency, 1 / level.cost.bandwidth)]
         largest = self._agreed([self._clock.rest(_WARM_UP), coding, *costs], maximum=True)
-        sums = self._agreed(
+        means = self._agreed(
             [value for trial in trials for value in (trial.squares, *trial.lost.values())], maximum=False
         )
         links = {
@@ -155,7 +159,7 @@ class LinkAwareCompression:
         }
         buckets, at = [], 0
         for (level, key), trial in zip(keys, trials, strict=True):
-            squares, *lost = sums[at : (at := at + 1 + len(trial.lost))]
+            squares, *lost = means[at : (at := at + 1 + len(trial.lost))]
             buckets.append(
                 Bucket(
                     name=f"{self._levels.index(level)}.{key}",
@@ -180,11 +184,11 @@ class LinkAwareCompression:
         return Budget(target=target, rest=rest, coding=coding, max_error=auto.max_error)
 
     def _agreed(self, values: list[float], *, maximum: bool) -> list[float]:
-        """Return sums, or largest values, over all ranks of all levels."""
+        """Return means, or largest values, over all ranks of all levels; stages may have levels of the same ranks."""
         row = torch.tensor(values, dtype=torch.float64, device=self._device)
         for level in self._levels:
             rows = level.inner.gather_rows(row)
-            row = rows.amax(0) if maximum else rows.sum(0)
+            row = rows.amax(0) if maximum else rows.mean(0)
         return row.tolist()
 
     def _of_first(self, codes: Sequence[str]) -> list[str]:
@@ -212,27 +216,40 @@ class LinkAwareCompression:
 
 
 class _Clock:
-    """Counts micro-batches, and how long they take beside their reductions."""
+    """Counts micro-batches, by buffer, and how long they take beside their reductions.
 
-    def __init__(self) -> None:
-        self.rounds = 0
+    Args:
+        accumulation: Micro-batches of a step, in which those of one stage may follow each other closely.
+    """
+
+    def __init__(self, accumulation: int) -> None:
         self.waited = 0.0
-        self._first: tuple[int, int] | None = None
+        self._accumulation = accumulation
+        self._counts: Counter[tuple[int, int]] = Counter()
         self._began = 0.0
         self._rests: list[float] = []
 
-    def begins(self, buffer: tuple[int, int]) -> bool:
-        """Return whether reducing ``buffer`` begins a micro-batch."""
-        self._first = self._first or buffer
-        if buffer != self._first:
+    def is_first(self, buffer: tuple[int, int]) -> bool:
+        """Return whether ``buffer`` was the first to be reduced, and note that a micro-batch begins with it."""
+        if buffer != next(iter(self._counts), buffer):
             return False
         now = time.perf_counter()
-        if self.rounds:
+        if self._counts:
             self._rests.append(now - self._began - self.waited)
         self._began, self.waited = now, 0.0
-        self.rounds += 1
         return True
 
+    def count(self, buffer: tuple[int, int]) -> int:
+        """Count a micro-batch of ``buffer``; return how many there were."""
+        self._counts[buffer] += 1
+        return self._counts[buffer]
+
+    def least(self) -> int:
+        """Return the micro-batches of the buffer that has had the fewest."""
+        return min(self._counts.values(), default=0)
+
     def rest(self, skipped: int) -> float:
-        """Return the median seconds of a micro-batch without reductions; the last one, with trials, does not count."""
-        return max(0.0, statistics.median(self._rests[skipped:-1]))
+        """Return the median seconds of a micro-batch without reductions, each a mean over as many as a step has."""
+        rests, length = self._rests[skipped:], self._accumulation
+        means = [statistics.fmean(rests[at : at + length]) for at in range(len(rests) - length + 1)]
+        return max(0.0, statistics.median(means))

@@ -38,9 +38,9 @@ class Bucket:
     nbytes: Mapping[str, int]
     """Bytes that a rank sends, by code; ``exact`` among them."""
     lost: Mapping[str, float]
-    """Squares of the gradient that a code loses; that of ``exact`` is 0."""
+    """Squares of the gradient that a code loses, on average over ranks; that of ``exact`` is 0."""
     squares: float
-    """Those of the whole gradient."""
+    """Those of the whole gradient, likewise."""
 
     def seconds(self, code: str) -> float:
         """Return the time of the exchange."""

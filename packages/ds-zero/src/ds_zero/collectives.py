@@ -28,7 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .backends import sends_tagged
-from .host import ROWS, HostCollectives
+from .host import ROWS, HostCollectives, send_from_first
 from .links import connect
 
 if TYPE_CHECKING:
@@ -119,6 +119,14 @@ class _Grouped(ABC):
     def all_gather(self, out: Tensor, shard: Tensor, *, key: int) -> Pending:
         """Fill ``out`` (1D) with every rank's ``shard``, which may be its own slice of ``out``."""
 
+    @abstractmethod
+    def reduce_scatter(self, out: Tensor, full: Tensor, *, key: int) -> Pending:
+        """Sum slice ``rank`` of every rank's ``full`` into ``out``."""
+
+    @abstractmethod
+    def exchange(self, outgoing: Sequence[Tensor], incoming: Sequence[Tensor], *, key: int) -> Pending:
+        """Send ``outgoing[r]`` (1D) to each rank r and fill ``incoming[r]`` from it."""
+
     def gather_rows(self, row: Tensor) -> Tensor:
         """Return ``[size, n]``: every rank's ``row``."""
         rows = row.new_empty(self.size, row.numel())
@@ -127,7 +135,10 @@ class _Grouped(ABC):
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
-        dist.broadcast(tensor, group=self._group, group_src=self._members[0])
+        if self.size == dist.get_world_size(self._group):
+            dist.broadcast(tensor, group=self._group, group_src=0)
+        else:
+            send_from_first(self, tensor)
 
     def _borrow(self, like: Tensor, numel: int) -> Tensor:
         """Return a 1D receive buffer; kept from call to call, since fresh memory costs page faults."""

@@ -35,12 +35,14 @@ from .windows import Memory, Windows, map_window
 
 if TYPE_CHECKING:
     from ds_core.kernel_protocols import ShardKernels
+    from ds_core.protocols import Collectives
 
 _logger = logging.getLogger(__package__)
 _FORMAT = struct.Struct("<qqqqqq")
 _FD = struct.Struct("i")
 ROWS = 1 << 20
 """Key of ``gather_rows``, apart from those of buffers."""
+_PART = ROWS + 1  # key of a broadcast among some of a group's ranks
 
 _NOTICE = 60.0  # seconds after which a wait is told of
 _LATER = (errno.EAGAIN, errno.ETOOMANYREFS)  # a socket is full, or a user's descriptors under way are too many
@@ -102,7 +104,7 @@ class HostCollectives:
     """Plays the role ``Collectives``; see [Note: Reading in place].
 
     Args:
-        group: A process group; communicates in :meth:`broadcast` only.
+        group: A process group; communicates in :meth:`broadcast` only, if all its ranks are members.
         members: The ranks of it that communicate here.
         sockets: Connections to all others of them, by index; see [Note: Links].
         kernels: Ordered sums.
@@ -121,7 +123,6 @@ class HostCollectives:
         self.size = len(members)
         self._group = group
         self._names = [dist.get_global_rank(group, member) for member in members]  # as users know them
-        self._first = members[0]
         self._sockets = sockets
         self._kernels = kernels
         self._timeout = timeout
@@ -170,7 +171,10 @@ class HostCollectives:
 
     def broadcast(self, tensor: Tensor) -> None:
         """Overwrite ``tensor`` with rank 0's."""
-        dist.broadcast(tensor, group=self._group, group_src=self._first)
+        if self.size == dist.get_world_size(self._group):
+            dist.broadcast(tensor, group=self._group, group_src=0)
+        else:
+            send_from_first(self, tensor)
 
     # Calls #
 
@@ -354,3 +358,16 @@ class HostCollectives:
             call.over = True
             del self._calls[call.ready.call, call.ready.turn]
             self._spare += call.staged
+
+
+def send_from_first(comm: Collectives, tensor: Tensor) -> None:
+    """Overwrite ``tensor`` with that of ``comm``'s rank 0, by messages: other ranks of its group have no part in it."""
+    flat = tensor.contiguous().view(-1)
+    outgoing, incoming = [flat[:0]] * comm.size, [flat[:0]] * comm.size
+    if comm.rank == 0:
+        outgoing[1:] = [flat] * (comm.size - 1)
+    else:
+        incoming[0] = flat
+    comm.exchange(outgoing, incoming, key=_PART).wait()
+    if flat.data_ptr() != tensor.data_ptr():
+        tensor.copy_(flat.view_as(tensor))
