@@ -483,3 +483,28 @@ def test_a_bad_start_ends_all_ranks(ranks: Pools, what: str, text: str) -> None:
     found = ranks.run(start_badly, what, size=4)
     assert any(text in said for said in found)
     assert "nothing" not in found
+
+
+def train_recomputed(rank: Rank, setting: Setting) -> Outcome:
+    """Keep half of each layer's input on each of two tensor ranks, and run layers again in the backward pass."""
+    layers = described(setting.dropout)
+    config = {
+        **setting.config(),
+        "activation_checkpointing": {"blocks": setting.tensor > 1, "partition_activations": setting.tensor > 1},
+    }
+    engine, _, loader, _ = ds_core.initialize(
+        layers.build(0, layers.num_layers), config=config, training_data=Sequences(), group=rank.group
+    )
+    losses = []
+    for tokens, targets in loader:
+        losses.append(engine.backward(loss_of(engine(tokens), targets)).item())
+        if engine.step().boundary and engine.global_steps == 2:
+            break
+    return Outcome(losses, [engine.get_global_grad_norm()], exported(engine._sharded), engine.skipped_steps)
+
+
+def test_recomputed_layers_whose_inputs_are_partitioned(ranks: Pools) -> None:
+    want = ranks.run(train_recomputed, Setting(dropout=0.2), size=1)
+    got = ranks.run(train_recomputed, Setting(2, 2, stage=3, dropout=0.2), size=4)
+    assert_same_bits(whole(got), whole(want))
+    assert all(outcome.norms == want[0].norms for outcome in got)

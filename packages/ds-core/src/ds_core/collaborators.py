@@ -87,14 +87,16 @@ def shard_whole(
     ((given, shard),) = splitting.prepare([model], given)
     groups = param_groups(model, given)
     maker = optimizer_maker(settings, given.optimizer, groups, context)
-    return wrapped(shard(make_partitioner(settings, context), maker, groups), settings)
+    return wrapped(shard(make_partitioner(settings, context), maker, groups), settings, splitting.group)
 
 
-def wrapped(sharded: Sharded, settings: Config) -> Sharded:
-    """Have blocks recomputed, if the configuration says so."""
-    if settings.activation_checkpointing.blocks:
-        # no two ranks have the same activations, so there is nothing to partition
-        sharded.wrap_blocks(Checkpointer(replace(settings.activation_checkpointing, partition_activations=False)))
+def wrapped(sharded: Sharded, settings: Config, group: dist.ProcessGroup | None) -> Sharded:
+    """Have blocks recomputed, if the configuration says so; the ranks of ``group`` have the same activations."""
+    section = settings.activation_checkpointing
+    if section.blocks:
+        # where no two ranks have the same activations, there is nothing to partition
+        partition = section.partition_activations and group is not None
+        sharded.wrap_blocks(Checkpointer(replace(section, partition_activations=partition), group))
     return sharded
 
 

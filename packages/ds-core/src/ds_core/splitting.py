@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias, cast
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from ._control import everybody, make_control, together
@@ -34,12 +35,18 @@ class Prepared(NamedTuple):
 class Splitting(Protocol):
     """What is done to layers before a model is partitioned."""
 
+    @property
+    def group(self) -> dist.ProcessGroup | None:
+        """Ranks with the same activations between layers; None: there are none."""
+
     def prepare(self, modules: Sequence[nn.Module], given: Given, *, keep: Collection[str] = ()) -> list[Prepared]:
         """Return what partitions each of the modules, this rank's part of a model; all ranks call it."""
 
 
 class WholeLayers:
     """Leaves models as they are: each rank has whole layers."""
+
+    group: dist.ProcessGroup | None = None
 
     def prepare(self, modules: Sequence[nn.Module], given: Given, *, keep: Collection[str] = ()) -> list[Prepared]:
         """Return what partitions each of the modules."""
@@ -57,6 +64,7 @@ class SplitLayers:
     """
 
     def __init__(self, splitter: Splitter, axes: Axes, device: torch.device) -> None:
+        self.group = axes.tensor
         self._splitter = splitter
         self._pipe = make_control(axes.pipe, message_device(axes.pipe, device))
         self._ranks = Ranks(

@@ -59,8 +59,10 @@ def idle(config: Config) -> dict[str, str]:
         found |= {
             f"{section}.{key}": f"{section}.blocks is false, and a model has its own Checkpointer" for key in changed
         }
-    elif "partition_activations" in changed:
-        found[f"{section}.partition_activations"] = "the model is not parallel, so no two ranks have one activation"
+    elif "partition_activations" in changed and "tensor_parallel" not in config.plugins:
+        found[f"{section}.partition_activations"] = (
+            "layers are whole (tensor_parallel), so no two ranks have one activation"
+        )
     return found
 
 
