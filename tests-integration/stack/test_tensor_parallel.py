@@ -234,8 +234,8 @@ def by_micro_batch(outcomes: list[Outcome], setting: Setting) -> list[float]:
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 def test_bits_do_not_depend_on_the_number_of_tensor_ranks(ranks: Pools, precision: str) -> None:
     want = ranks.run(train, Setting(precision=precision), size=1)
-    cases = [(2, 2, 0), (4, 1, 1), (4, 1, 3), (2, 2, 2), (2, 2, 3), (1, 4, 1)]
-    for tensor, data, stage in cases if precision == "fp32" else cases[2:4]:
+    cases = [(2, 2, 0), (4, 1, 1), (2, 2, 3), (4, 1, 3), (2, 2, 2)]
+    for tensor, data, stage in {"fp32": cases, "bf16": cases[2:4], "fp16": cases[2:3]}[precision]:
         setting = Setting(tensor, data, stage=stage, precision=precision)
         got = ranks.run(train, setting, size=setting.size)
         assert_same_bits(whole(got), whole(want))
@@ -245,7 +245,7 @@ def test_bits_do_not_depend_on_the_number_of_tensor_ranks(ranks: Pools, precisio
         assert by_micro_batch(got, setting) == want[0].losses
 
 
-@pytest.mark.parametrize("optimizer", ["Lion", "Lamb"])
+@pytest.mark.parametrize("optimizer", ["Lamb", "Muon"])
 def test_random_numbers_do_not_depend_on_the_number_of_tensor_ranks(ranks: Pools, optimizer: str) -> None:
     setting = Setting(dropout=0.3, optimizer=optimizer)
     want = ranks.run(train, setting, size=1)
