@@ -33,6 +33,8 @@ from typing import Any, NamedTuple
 
 import torch
 from ds_comm.all_reduce import mean_exactly
+from ds_comm.codec import Codec
+from ds_comm.codecs import E8Codec
 from ds_comm.optim import CompressedAdam, Link, LocalSteps, OneBitAdam, OneBitLamb, ZeroOneAdam
 from ds_comm.traffic import Traffic
 from ds_kernels.codecs import BlockCodec
@@ -97,18 +99,19 @@ class ExactAdam(torch.optim.Adam):
 
 Make = Callable[[list[nn.Parameter], float, int], torch.optim.Optimizer]
 HALF = Link(exact_dtype=torch.bfloat16, on_nonfinite="skip")
-TERNARY, INT4 = BlockCodec(code="ternary"), BlockCodec(code="int4")
+TERNARY = BlockCodec(code="ternary")
 
 
 class Method(NamedTuple):
     settings: str  # for the table
     lrs: tuple[float, ...]  # the first ones
     make: Make  # from parameters, learning rate and the number of steps
+    beside: str = "Adam"  # what it is compared with: Adam of the same eps
 
 
-def one_bit(kind: type[OneBitAdam | OneBitLamb]) -> Make:
+def one_bit(kind: type[OneBitAdam | OneBitLamb], codec: Codec) -> Make:
     return lambda params, lr, steps: kind(
-        params, lr, freeze_step=steps // 5, bias_correction=True, codec=TERNARY, link=HALF, **FROZEN
+        params, lr, freeze_step=steps // 5, bias_correction=True, codec=codec, link=HALF, **FROZEN
     )
 
 
@@ -122,41 +125,41 @@ def zero_one(params: list[nn.Parameter], lr: float, steps: int) -> torch.optim.O
         local_step_scaler=2 * frozen,
         local_step_clipper=2,
         bias_correction=True,
-        codec=TERNARY,
+        codec=E8Codec(),
         link=HALF,
         **FROZEN,
     )
 
 
-def local_steps(params: list[nn.Parameter], lr: float, _: int) -> torch.optim.Optimizer:
-    inner = torch.optim.Adam(params, lr=lr, foreach=True, **ADAM)
-    return LocalSteps(inner, every=EVERY, lr=1.0, momentum=0.0, codec=INT4, link=HALF)
+def compressed(block: int, scale_dtype: torch.dtype) -> Make:
+    codec = BlockCodec(code="int4", block=block, scale_dtype=scale_dtype)
+    return lambda params, lr, _: CompressedAdam(params, lr, codec=codec, link=HALF, **ADAM)
 
 
-ONE_BIT = "ternary; the first 20 % of steps exact, in bfloat16"
+def local_steps(every: int, outer: float, momentum: float) -> Make:
+    def make(params: list[nn.Parameter], lr: float, _: int) -> torch.optim.Optimizer:
+        inner = torch.optim.Adam(params, lr=lr, foreach=True, **ADAM)
+        codec = BlockCodec(code="int4", block=64, scale_dtype=torch.float16)
+        return LocalSteps(inner, every=every, lr=outer, momentum=momentum, codec=codec, link=HALF)
+
+    return make
+
+
+WARMED = "the first 20 % of steps exact, in bfloat16"
 LRS = (2e-3, 4e-3, 8e-3)
+LOOSE = "Adam, eps 1e-5"
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
         "Adam": Method("exact, float32", LRS, lambda params, lr, _: ExactAdam(params, lr=lr, **ADAM)),
-        "OneBitAdam": Method(ONE_BIT, LRS, one_bit(OneBitAdam)),
-        "OneBitLamb": Method(ONE_BIT, (8e-3, 16e-3, 32e-3), one_bit(OneBitLamb)),
-        "ZeroOneAdam": Method(f"{ONE_BIT}; the last 40 % in rounds of 2 local steps", LRS, zero_one),
-        "CompressedAdam": Method(
-            "int4 gradients with error feedback",
-            LRS,
-            lambda params, lr, _: CompressedAdam(params, lr, codec=INT4, link=HALF, **ADAM),
-        ),
-        "LocalSteps": Method(f"Adam inside, int4 every {EVERY} steps, outer lr 1, no momentum", LRS, local_steps),
-        "Adam, eps 1e-5": Method(
-            "exact, float32; not swept", (4e-3,), lambda params, lr, _: ExactAdam(params, lr=lr, **FROZEN)
-        ),
-        "CompressedAdam, blocks of 64": Method(
-            "likewise, a scale for each 64; not swept",
-            (4e-3,),
-            lambda params, lr, _: CompressedAdam(
-                params, lr, codec=BlockCodec(code="int4", block=64), link=HALF, **ADAM
-            ),
-        ),
+        LOOSE: Method("likewise", LRS, lambda params, lr, _: ExactAdam(params, lr=lr, **FROZEN), LOOSE),
+        "OneBitAdam": Method(f"E8; {WARMED}", LRS, one_bit(OneBitAdam, E8Codec()), LOOSE),
+        "OneBitLamb": Method(f"E8; {WARMED}", (8e-3, 16e-3, 32e-3), one_bit(OneBitLamb, E8Codec()), LOOSE),
+        "ZeroOneAdam": Method(f"E8; {WARMED}; the last 40 % in rounds of 2 local steps", LRS, zero_one, LOOSE),
+        "CompressedAdam": Method("int4 in blocks of 64, float16 scales", LRS, compressed(64, torch.float16)),
+        "CompressedAdam, blocks of 128": Method("float32 scales; not swept", (4e-3,), compressed(128, torch.float32)),
+        "LocalSteps": Method("Adam inside, int4 every 4 steps, outer lr 1, no momentum", LRS, local_steps(4, 1.0, 0.0)),
+        "LocalSteps, rounds of 2": Method("likewise every 2; not swept", (4e-3,), local_steps(2, 1.0, 0.0)),
+        "OneBitAdam, ternary": Method("likewise; not swept", (4e-3,), one_bit(OneBitAdam, TERNARY), LOOSE),
     }
 )
 
@@ -267,7 +270,7 @@ def sweep_of(done: Sequence[Run], method: str) -> dict[float, float]:
 def at_best(done: Sequence[Run], method: str, seeds: int) -> list[Run]:
     """Return the runs of all seeds at the learning rate with the best mean, by seed."""
     by_lr = [
-        sorted((run for run in done if run.method == method and run.lr == lr), key=lambda run: run.seed)
+        sorted((run for run in done if run[:2] == (method, lr) and run.seed < seeds), key=lambda run: run.seed)
         for lr in sweep_of(done, method)
     ]
     whole = [runs for runs in by_lr if len(runs) == seeds]
@@ -302,17 +305,18 @@ def report(done: Sequence[Run], seeds: int, picture: str) -> list[str]:
         f"ds-comm {version('ds-comm')}, torch {torch.__version__}; {RANKS} ranks in one process.",
         f"The model of examples/train_lm.py, {options.layers} layers of {options.dim}, {options.steps} steps of "
         f"{RANKS} x {options.batch} x {options.length} bytes of",
-        "Python's standard library, in float32; betas 0.9 and 0.99, eps 1e-8 (1-bit optimizers: 1e-5), no weight",
-        "decay, bias correction, linear warm-up and cosine. Best held-out loss in nats per byte: mean and range of",
-        "seeds, at the best learning rate of a sweep by factors of 2. Bytes that a rank sends for each parameter in",
-        "the whole run, warm-up included, and how many times fewer that is than fp32 all-reduce.",
+        "Python's standard library, in float32; betas 0.9 and 0.99, no weight decay, bias correction, linear warm-up",
+        "and cosine; eps 1e-8, or 1e-5 for the 1-bit optimizers, each beside Adam with the same eps. Best held-out",
+        "loss in nats per byte: mean and range of seeds, at the best learning rate of a sweep by factors of 2. Bytes",
+        "that a rank sends for each parameter in the whole run, warm-up included, and how many times fewer that is",
+        "than fp32 all-reduce.",
         "",
         "| method | | lr | held out | range | beside Adam | bytes/parameter | fewer |",
         "|---|---|---|---|---|---|---|---|",
     ]
-    base = statistics.fmean(run.best for run in adam)
     for method, runs in found.items():
         losses = [run.best for run in runs]
+        base = statistics.fmean(run.best for run in found[METHODS[method].beside])
         lines.append(
             f"| {method} | {METHODS[method].settings} | {runs[0].lr:g} | {statistics.fmean(losses):.4f} "
             f"| {min(losses):.4f} ... {max(losses):.4f} | {100 * (statistics.fmean(losses) / base - 1):+.1f} % "
