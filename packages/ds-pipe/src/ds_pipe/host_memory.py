@@ -3,7 +3,7 @@
 [Note: Freed memory]
 A pipeline keeps the activations of several micro-batches, and frees them again. glibc gives what is free at the end of
 its heap back to the system, some megabytes at a time, and gets it anew a moment later: the system then clears every
-page of it, at the first touch. On a virtual machine that took 6 us for 4 KiB, 7 to 10 % of a step on the CPU.
+page of it, at the first touch. On a virtual machine that took 6 us for 4 KiB, up to a tenth of a step on the CPU.
 """
 
 from __future__ import annotations
