@@ -168,6 +168,11 @@ def ours_alone(work: Workload, stage: int) -> Step:
     return step
 
 
+def backend_of(name: str) -> str:
+    """Return what a contender's ranks communicate over: gloo, or for ``-shm`` ds-comm's shared memory."""
+    return "ds_shm" if name.endswith("-shm") else "gloo"
+
+
 CONTENDERS: dict[str, Callable[[Workload], Step]] = {
     "floor": floor,
     "ddp": ddp,
@@ -175,5 +180,7 @@ CONTENDERS: dict[str, Callable[[Workload], Step]] = {
     **{f"deepspeed-{stage}": (lambda work, stage=stage: deepspeed(work, stage)) for stage in (1, 2, 3)},
     **{f"ds-{stage}": (lambda work, stage=stage: ours(work, stage)) for stage in (1, 2, 3)},
     **{f"ds-{stage}-gloo": (lambda work, stage=stage: ours(work, stage, host_memory=False)) for stage in (1, 2, 3)},
+    "ddp-shm": ddp,
+    **{f"ds-{stage}-shm": (lambda work, stage=stage: ours(work, stage)) for stage in (1, 2, 3)},
     **{f"ds-zero-{stage}": (lambda work, stage=stage: ours_alone(work, stage)) for stage in (1, 2, 3)},
 }

@@ -27,9 +27,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from .contenders import CONTENDERS, Workload
+from .contenders import CONTENDERS, Workload, backend_of
 
-DEFAULT = [name for name in CONTENDERS if not name.startswith("ds-zero") and not name.endswith("-gloo")]
+DEFAULT = [name for name in CONTENDERS if not name.startswith("ds-zero") and not name.endswith(("-gloo", "-shm"))]
 
 
 def serve(pipe: Any, name: str, rank: int, world: int, store: str, work: Workload) -> None:
@@ -38,7 +38,11 @@ def serve(pipe: Any, name: str, rank: int, world: int, store: str, work: Workloa
     logging.disable(logging.WARNING)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "DS_ACCELERATOR": "cpu"}
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=world, store=dist.FileStore(store, world))
+    if backend_of(name) != "gloo":
+        from ds_comm import register_backends
+
+        register_backends()
+    dist.init_process_group(backend_of(name), rank=rank, world_size=world, store=dist.FileStore(store, world))
     try:
         step = CONTENDERS[name](work)
     except Exception:
