@@ -151,7 +151,7 @@ def header() -> str:
         "",
         f"{', '.join(versions)}; Python {platform.python_version()}; {cpu}, {os.cpu_count()} cores, "
         "one thread per rank, gloo over loopback; the ranks of ds-1, ds-2 and ds-3 read each other's memory "
-        "(`host_memory`, the default), those of ds-N-gloo send messages as the peers do.",
+        "(`host_memory`, the default), those of ds-N-gloo send messages as the peers do; -shm: in a group of ds_shm.",
         "Interleaved: in each round every contender runs once, in random order; medians over all samples. "
         "Overhead is the median step minus the floor's (the same processes training without any synchronisation).",
         "",
