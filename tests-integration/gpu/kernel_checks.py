@@ -224,39 +224,54 @@ def norms_of(backend: str, device: torch.device) -> None:
             assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 4 * float(c.abs().max()), (op, dtype, errors)
 
 
-def product_of_cutlass(device: torch.device, *, hopper: bool) -> Callable[..., Any]:
-    """Return linear_gelu from CUTLASS: the kernel for Hopper, or that for all GPUs."""
+def products_of(device: torch.device, *, hopper: bool) -> Callable[[str], Callable[..., Any]]:
+    """Return what finds products by name: the kernels of CUTLASS for Hopper, or those for all GPUs."""
     backend = gpu_backend("cutlass", device)
     if hopper and (backend.hopper is None or not backend.hopper.serves(device)):
         missing = "was not built: DS_KERNELS_BUILD_HOPPER=1" if backend.hopper is None else "needs a Hopper GPU"
         raise NotRun(f"the module _hopper {missing}")
-    found: Callable[..., Any] | None = replace(backend, hopper=backend.hopper if hopper else None).find(
-        "linear_gelu", device, torch.bfloat16
-    )
-    assert found is not None
-    return found
+    chosen = replace(backend, hopper=backend.hopper if hopper else None)
+
+    def find(op: str) -> Callable[..., Any]:
+        found: Callable[..., Any] | None = chosen.find(op, device, torch.bfloat16)
+        assert found is not None, op
+        return found
+
+    return find
 
 
 def products_of_cutlass_are_as_exact_as_torch(device: torch.device) -> None:
-    """Errors of linear_gelu and of what is inside the GELU, against float64; tiles that are whole and that are not."""
-    check_products(product_of_cutlass(device, hopper=False), device)
+    """Errors of linear_gelu, of what is inside the GELU and of its gradient; tiles that are whole and that are not."""
+    check_products(products_of(device, hopper=False), device)
 
 
 def products_for_hopper_are_as_exact_as_torch(device: torch.device) -> None:
     """The same of the module for Hopper, where it was built."""
-    check_products(product_of_cutlass(device, hopper=True), device)
+    check_products(products_of(device, hopper=True), device)
 
 
-def check_products(linear_gelu: Callable[..., Any], device: torch.device) -> None:
+def check_products(kernel: Callable[[str], Callable[..., Any]], device: torch.device) -> None:
     """Compare with float64 and with torch."""
     for dtype, (rows, columns, inner) in product(FLOATS[1:], ((1, 8, 8), (129, 264, 72), (1000, 1024, 512))):
         x, weight = (torch.randn(n, inner, device=device).to(dtype) for n in (rows, columns))
         bias = torch.randn(columns, device=device).to(dtype)
-        theirs = REFERENCE.find("linear_gelu", device, dtype)(x, weight, bias)
-        want = REFERENCE.find("linear_gelu", device, dtype)(x.double(), weight.double(), bias.double())
-        for a, b, c in zip(linear_gelu(x, weight, bias), theirs, want, strict=True):
-            errors = [float((t.double() - c).abs().max()) for t in (a, b)]
-            assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 4 * float(c.abs().max()), (dtype, rows, errors)
+        inside = torch.randn(rows, columns, device=device).to(dtype)
+        for op, inputs in (("linear_gelu", (x, weight, bias)), ("linear_dgelu", (x, weight.t().contiguous(), inside))):
+            plain = REFERENCE.find(op, device, dtype)
+            results = (as_list(f(*args)) for f, args in ((kernel(op), inputs), (plain, inputs)))
+            want = as_list(plain(*(t.double() for t in inputs)))
+            for a, b, c in zip(*results, want, strict=True):
+                errors = [float((t.double() - c).abs().max()) for t in (a, b)]
+                assert errors[0] <= 2 * errors[1] + torch.finfo(dtype).eps / 4 * float(c.abs().max()), (
+                    op,
+                    dtype,
+                    errors,
+                )
+
+
+def as_list(result: torch.Tensor | tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    """Return one result, or several, as a list."""
+    return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
 def need_gpu(device: torch.device) -> None:

@@ -13,9 +13,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
 
 import torch
-from kernel_checks import kernel, need_gpu, product_of_cutlass
+from kernel_checks import kernel, need_gpu, products_of
 from outcome import Figures, NotRun
 from torch.nn import functional
 
@@ -216,28 +219,32 @@ def bias_gelu_beside_torch(device: torch.device) -> Figures:
     return table(medians(contenders), fewest, "GB/s")
 
 
-def linear_gelu_beside_torch(device: torch.device) -> Figures:
-    """[8192, 4096] x [16384, 4096] in bfloat16 with bias and GELU, beside cuBLAS and eager torch, and torch.compile."""
+def products_beside_torch(device: torch.device) -> Figures:
+    """8192 rows, 4096 and 16384 columns in bfloat16: forward with bias and GELU, backward with its slope."""
     need_gpu(device)
-    linear_gelu = product_of_cutlass(device, hopper=False)
-    try:
-        hopper = product_of_cutlass(device, hopper=True)
-    except NotRun:
-        hopper = None
+    ours = {"ours": products_of(device, hopper=False)}
+    with suppress(NotRun):
+        ours["ours for Hopper"] = products_of(device, hopper=True)
     rows, columns, inner = 8192, 16384, 4096
     x, weight = (torch.randn(n, inner, device=device, dtype=torch.bfloat16) for n in (rows, columns))
     bias = torch.randn(columns, device=device, dtype=torch.bfloat16)
+    inside = torch.randn(rows, columns, device=device, dtype=torch.bfloat16)
+    after = weight.t().contiguous()
 
-    def plain() -> torch.Tensor:
+    def forward() -> torch.Tensor:
         return functional.gelu(functional.linear(x, weight, bias))
 
-    contenders = {
-        "ours, keeps what is inside": lambda: linear_gelu(x, weight, bias),
-        **({} if hopper is None else {"the same for Hopper": lambda: hopper(x, weight, bias)}),
-        "cuBLAS and eager": plain,
-        "torch.compile": torch.compile(plain),
-        "the product alone": lambda: x @ weight.t(),
-    }
+    def backward() -> torch.Tensor:
+        return torch.ops.aten.gelu_backward(x @ after, inside)
+
+    contenders: dict[str, Callable[[], Any]] = {}
+    for name, find in ours.items():
+        contenders[f"forward: {name}, keeps what is inside"] = partial(find("linear_gelu"), x, weight, bias)
+        contenders[f"backward: {name}"] = partial(find("linear_dgelu"), x, after, inside)
+    for name, plain in {"forward": forward, "backward": backward}.items():
+        contenders[f"{name}: cuBLAS and eager"] = plain
+        contenders[f"{name}: torch.compile"] = torch.compile(plain)
+    contenders["the product alone"] = lambda: x @ weight.t()
     milliseconds = medians(contenders)
     work = 2.0 * rows * columns * inner
     return {name: {"ms": round(ms, 4), "TFLOP/s": round(work / ms / 1e9, 1)} for name, ms in milliseconds.items()}
@@ -250,5 +257,5 @@ CHECKS: list[Callable[[torch.device], Figures]] = [
     payloads_beside_copy,
     sums_beside_copy_and_torch,
     bias_gelu_beside_torch,
-    linear_gelu_beside_torch,
+    products_beside_torch,
 ]

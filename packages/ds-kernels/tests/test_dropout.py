@@ -151,6 +151,20 @@ def test_without_dropout_nothing_is_drawn(settings):
     assert torch.equal(out, residual + (x + bias))
 
 
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_with_p_of_1_all_is_dropped_and_gradients_are_0(with_bias):
+    x, residual, _, bias = (t.requires_grad_() for t in tensors(5, 8, torch.float32))
+    with torch.no_grad():
+        x[0, 0] = float("inf")  # a dropped element adds nothing, whatever it was
+    state = torch.get_rng_state()
+    out = bias_dropout_residual(x, bias if with_bias else None, residual, 1.0)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(out, residual)
+    wanted = (x, residual, bias) if with_bias else (x, residual)
+    gradients = torch.autograd.grad(out.sum(), wanted)
+    assert [gradient.sum().item() for gradient in gradients] == [0, out.numel(), 0][: len(wanted)]
+
+
 def test_a_checkpoint_computes_the_same_bits_again():
     leaves = [t.requires_grad_() for t in tensors(9, 40, torch.float32)]
 
@@ -216,7 +230,7 @@ def test_what_does_not_fit_is_named():
         bias_dropout_residual(x, torch.ones(2), x, 0.1)
     with pytest.raises(ValueError, match=r"residual must be torch.float32 of shape \(2, 3\), as x; got .* \(3,\)"):
         bias_dropout_residual(x, None, torch.ones(3), 0.1)
-    with pytest.raises(ValueError, match=r"p must be at least 0 and below 1; got 1\.0"):
-        bias_dropout_residual(x, None, x, 1.0)
+    with pytest.raises(ValueError, match=r"p must be at least 0 and at most 1; got 1\.5"):
+        bias_dropout_residual(x, None, x, 1.5)
     with pytest.raises(ValueError, match=r"seed must be one int64 number on cpu, of shape \(\); got torch.int32"):
         bias_dropout_residual(x, None, x, 0.5, seed=torch.tensor(1, dtype=torch.int32))

@@ -18,7 +18,8 @@ SOURCES = Path(__file__).parents[1] / "csrc" / "hopper"
 MAX_REGISTERS = 168  # 384 threads: two groups of consumers and one of producers share 65,536
 
 
-def test_the_product_compiles_for_sm_90a_and_spills_nothing(tmp_path):
+@pytest.mark.parametrize("layer", ["linear_gelu", "linear_dgelu"])
+def test_the_product_compiles_for_sm_90a_and_spills_nothing(layer, tmp_path):
     nvcc, cutlass = shutil.which("nvcc"), importlib.util.find_spec("cutlass_library")
     if nvcc is None:
         pytest.skip("not run: there is no nvcc")
@@ -29,7 +30,7 @@ def test_the_product_compiles_for_sm_90a_and_spills_nothing(tmp_path):
     source = Path(cutlass.origin).parent / "source"
     command = [nvcc, "-std=c++17", "-O2", "-gencode=arch=compute_90a,code=sm_90a", "--expt-relaxed-constexpr"]
     command += ["-DNDEBUG", "-Xptxas=-v", "-cubin", f"-I{source / 'include'}", f"-I{source / 'tools/util/include'}"]
-    command += [str(SOURCES / "linear_gelu_bfloat16.cu"), "-o", str(tmp_path / "product.cubin")]
+    command += [str(SOURCES / f"{layer}_bfloat16.cu"), "-o", str(tmp_path / "product.cubin")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr
     assert "wgmma.mma_async instructions are serialized" not in done.stderr
@@ -48,14 +49,15 @@ class Module:
         self.size = size
         self.calls = []
 
-    def workspace_bytes(self, dtype, sizes, multiprocessors):
+    def workspace_bytes(self, op, dtype, sizes, multiprocessors):
         return self.size
 
-    def linear_gelu(self, dtype, pointers, sizes, multiprocessors, workspace, stream):
+    def run(self, op, dtype, pointers, sizes, multiprocessors, workspace, stream):
         assert len(pointers) == 5
         assert all(pointer % 16 == 0 for pointer in (*pointers, workspace))
+        assert all(pointers) == (op == "linear_gelu")  # its gradient has no bias
         assert bool(workspace) == bool(self.size)
-        self.calls.append((dtype, sizes, multiprocessors, stream))
+        self.calls.append((op, dtype, sizes, multiprocessors, stream))
 
 
 class HopperOnCpu(Hopper):
@@ -92,7 +94,10 @@ def test_hopper_gets_rows_columns_inner_and_the_device(dtype, size):
     out, inside = fused(*tensors(2, 3, 64, columns=24, dtype=dtype))
     assert out.shape == inside.shape == (2, 3, 24)
     assert out.dtype == inside.dtype == dtype
-    assert module.calls == [(str(dtype)[6:], (6, 24, 64), 132, 7)]
+    grad, weight, inside = (torch.randn(*shape).to(dtype) for shape in ((2, 3, 64), (64, 24), (2, 3, 24)))
+    assert backend.find("linear_dgelu", torch.device("cpu"), dtype)(grad, weight, inside).shape == inside.shape
+    sizes = (str(dtype)[6:], (6, 24, 64), 132, 7)
+    assert module.calls == [("linear_gelu", *sizes), ("linear_dgelu", *sizes)]
 
 
 def test_rows_off_16_byte_units_are_computed_plainly():
@@ -113,15 +118,18 @@ def test_the_built_module_names_what_it_does_not_take():
     if hopper is None:
         pytest.skip("not run: the module was not built; DS_KERNELS_BUILD_HOPPER=1, see the README")
     check, fine = hopper.module.check, (1024, 2048, 4096, 8192, 16384)
-    check("bfloat16", fine, (100, 64, 128))
-    check("float16", fine, (1, 8, 8))
-    assert hopper.module.workspace_bytes("bfloat16", (100, 64, 128), 132) >= 0
-    for args, error, match in (
-        (("float32", fine, (8, 8, 8)), ValueError, "dtype must be bfloat16 or float16; got float32"),
-        (("bfloat16", (1024, 2, 0, 0, 0), (8, 8, 8)), ValueError, "16-byte boundaries; got one at address 2"),
-        (("bfloat16", fine, (0, 8, 8)), ValueError, "sizes must be at least 1; got 0"),
-        (("bfloat16", fine, (8, 8, 12)), RuntimeError, r"refuses the product of \[8, 12\] and \[8, 12\]"),
-        (("bfloat16", fine, (8, 9, 8)), RuntimeError, "refuses the product"),
-    ):
-        with pytest.raises(error, match=match):
-            check(*args)
+    for op in ("linear_gelu", "linear_dgelu"):
+        check(op, "bfloat16", fine, (100, 64, 128))
+        check(op, "float16", fine, (1, 8, 8))
+        assert hopper.module.workspace_bytes(op, "bfloat16", (100, 64, 128), 132) >= 0
+        for args, error, match in (
+            (("float32", fine, (8, 8, 8)), ValueError, "dtype must be bfloat16 or float16; got float32"),
+            (("bfloat16", (1024, 2, 0, 0, 0), (8, 8, 8)), ValueError, "16-byte boundaries; got one at address 2"),
+            (("bfloat16", fine, (0, 8, 8)), ValueError, "sizes must be at least 1; got 0"),
+            (("bfloat16", fine, (8, 8, 12)), RuntimeError, "refuses the product with rows, columns and .* 8, 8 and 12"),
+            (("bfloat16", fine, (8, 9, 8)), RuntimeError, "refuses the product"),
+        ):
+            with pytest.raises(error, match=match):
+                check(op, *args)
+    with pytest.raises(ValueError, match="op must be linear_gelu or linear_dgelu; got linear"):
+        check("linear", "bfloat16", fine, (8, 8, 8))

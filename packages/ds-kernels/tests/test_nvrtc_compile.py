@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from ds_kernels.backends.cutlass.linear import linear_gelu_kernel
+from ds_kernels.backends.cutlass.linear import linear_dgelu_kernel, linear_gelu_kernel
 from ds_kernels.backends.nvrtc.catalog import all_kernels
 from ds_kernels.backends.nvrtc.compiler import compile_cubin
 from ds_kernels.backends.nvrtc.kernel import HEADERS
@@ -114,10 +114,11 @@ def test_nvrtc_compiles_one_kernel_of_each_family(arch):
         assert kernel.name.encode() in cubin
 
 
+@pytest.mark.parametrize("kernel_of", [linear_gelu_kernel, linear_dgelu_kernel])
 @pytest.mark.parametrize("arch", ARCHES[:2])
-def test_nvrtc_compiles_the_product_from_cutlass(arch):
+def test_nvrtc_compiles_the_product_from_cutlass(arch, kernel_of):
     for name in ("cuda", "cuda.core", "cutlass_library"):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed: pip install 'ds-kernels[cutlass]'")
-    kernel = linear_gelu_kernel(torch.bfloat16)
+    kernel = kernel_of(torch.bfloat16)
     assert kernel.name.encode() in _compiled(kernel, arch)

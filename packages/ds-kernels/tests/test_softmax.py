@@ -156,6 +156,14 @@ def test_no_mask_is_kept():
     assert sorted(kept) == [8, scores.nbytes]
 
 
+def test_with_p_of_1_no_weight_is_left():
+    scores = torch.randn(2, 6, 8, requires_grad=True)
+    weights = masked_softmax_dropout(scores, p=1.0)
+    assert not weights.any()
+    assert not torch.autograd.grad(weights.square().sum() + weights.sum(), scores)[0].any()
+    assert masked_softmax_dropout(scores, p=1.0, training=False).any()
+
+
 def test_compiled_it_draws_the_seeds_of_eager_torch():
     scores = torch.randn(2, 6, 8, requires_grad=True)
     seen = torch.rand(6, 8) < 0.8
@@ -176,5 +184,5 @@ def test_what_does_not_fit_is_named():
     for mask in (torch.zeros(2, 4), torch.zeros(3, 4).double(), torch.zeros(1, 1, 3, 4), torch.tensor(0.0)):
         with pytest.raises(ValueError, match=r"mask must be bool or torch.float32, .* broadcasts to \(3, 4\); got"):
             masked_softmax_dropout(torch.zeros(3, 4), mask)
-    with pytest.raises(ValueError, match="p must be at least 0 and below 1; got -1"):
+    with pytest.raises(ValueError, match="p must be at least 0 and at most 1; got -1"):
         masked_softmax_dropout(torch.zeros(3, 4), p=-1)

@@ -2,9 +2,9 @@
 
 namespace ds_kernels {
 
-using Product = LinearGelu<cutlass::bfloat16_t>;
+using Layer = LinearGelu<cutlass::bfloat16_t>;
 
-const char* linear_gelu_bfloat16(const LinearCall& call) { return Product::run(call); }
-std::size_t linear_gelu_bfloat16_workspace(const LinearCall& call) { return Product::workspace(call); }
+const char* linear_gelu_bfloat16(const LinearCall& call) { return Layer::run(call); }
+std::size_t linear_gelu_bfloat16_workspace(const LinearCall& call) { return Layer::workspace(call); }
 
 }  // namespace ds_kernels

@@ -17,7 +17,7 @@ namespace ds_kernels {
 namespace {
 
 using Address = std::uintptr_t;
-using Pointers = std::array<Address, 5>;  // x, weight, bias, out, inside
+using Pointers = std::array<Address, 5>;  // left, weight, bias, out, inside
 using Sizes = std::array<int, 3>;         // rows, columns, inner
 
 struct Product {
@@ -25,10 +25,20 @@ struct Product {
     std::size_t (*workspace)(const LinearCall&);
 };
 
-Product product_of(const std::string& dtype) {
-    if (dtype == "bfloat16") return {linear_gelu_bfloat16, linear_gelu_bfloat16_workspace};
-    if (dtype == "float16") return {linear_gelu_float16, linear_gelu_float16_workspace};
-    throw std::invalid_argument("dtype must be bfloat16 or float16; got " + dtype);
+Product product_of(const std::string& op, const std::string& dtype) {
+    if (dtype != "bfloat16" && dtype != "float16") {
+        throw std::invalid_argument("dtype must be bfloat16 or float16; got " + dtype);
+    }
+    const bool wide = dtype == "bfloat16";
+    if (op == "linear_gelu") {
+        return wide ? Product{linear_gelu_bfloat16, linear_gelu_bfloat16_workspace}
+                    : Product{linear_gelu_float16, linear_gelu_float16_workspace};
+    }
+    if (op == "linear_dgelu") {
+        return wide ? Product{linear_dgelu_bfloat16, linear_dgelu_bfloat16_workspace}
+                    : Product{linear_dgelu_float16, linear_dgelu_float16_workspace};
+    }
+    throw std::invalid_argument("op must be linear_gelu or linear_dgelu; got " + op);
 }
 
 template <class T>
@@ -48,7 +58,7 @@ LinearCall call_of(const Pointers& pointers, const Sizes& sizes, int multiproces
         throw std::invalid_argument("multiprocessors must be at least 1; got " + std::to_string(multiprocessors));
     }
     LinearCall call{};
-    call.x = pointer<const void>(pointers[0]);
+    call.left = pointer<const void>(pointers[0]);
     call.weight = pointer<const void>(pointers[1]);
     call.bias = pointer<const void>(pointers[2]);
     call.out = pointer<void>(pointers[3]);
@@ -62,27 +72,26 @@ LinearCall call_of(const Pointers& pointers, const Sizes& sizes, int multiproces
 
 void require(const char* problem, const Sizes& sizes) {
     if (problem == nullptr) return;
-    throw std::runtime_error("CUTLASS refuses the product of [" + std::to_string(sizes[0]) + ", " +
-                             std::to_string(sizes[2]) + "] and [" + std::to_string(sizes[1]) + ", " +
-                             std::to_string(sizes[2]) + "]: " + problem);
+    throw std::runtime_error("CUTLASS refuses the product with rows, columns and inner length " + std::to_string(sizes[0]) +
+                             ", " + std::to_string(sizes[1]) + " and " + std::to_string(sizes[2]) + ": " + problem);
 }
 
-void check(const std::string& dtype, const Pointers& pointers, const Sizes& sizes) {
+void check(const std::string& op, const std::string& dtype, const Pointers& pointers, const Sizes& sizes) {
     LinearCall call = call_of(pointers, sizes, 1);
     call.check_only = true;
-    require(product_of(dtype).run(call), sizes);
+    require(product_of(op, dtype).run(call), sizes);
 }
 
-std::size_t workspace_bytes(const std::string& dtype, const Sizes& sizes, int multiprocessors) {
-    return product_of(dtype).workspace(call_of({}, sizes, multiprocessors));
+std::size_t workspace_bytes(const std::string& op, const std::string& dtype, const Sizes& sizes, int multiprocessors) {
+    return product_of(op, dtype).workspace(call_of({}, sizes, multiprocessors));
 }
 
-void linear_gelu(const std::string& dtype, const Pointers& pointers, const Sizes& sizes, int multiprocessors,
-                 Address workspace, Address stream) {
+void run(const std::string& op, const std::string& dtype, const Pointers& pointers, const Sizes& sizes,
+         int multiprocessors, Address workspace, Address stream) {
     LinearCall call = call_of(pointers, sizes, multiprocessors);
     call.workspace = pointer<void>(workspace);
     call.stream = reinterpret_cast<CUstream_st*>(stream);
-    require(product_of(dtype).run(call), sizes);
+    require(product_of(op, dtype).run(call), sizes);
 }
 
 }  // namespace
@@ -91,5 +100,5 @@ void linear_gelu(const std::string& dtype, const Pointers& pointers, const Sizes
 PYBIND11_MODULE(_hopper, module) {
     module.def("check", &ds_kernels::check);
     module.def("workspace_bytes", &ds_kernels::workspace_bytes);
-    module.def("linear_gelu", &ds_kernels::linear_gelu);
+    module.def("run", &ds_kernels::run);
 }

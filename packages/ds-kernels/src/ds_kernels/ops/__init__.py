@@ -3,7 +3,7 @@
 from .activations import bias_gelu, bias_swiglu
 from .attention import masked_softmax_dropout
 from .dropout import bias_dropout_residual
-from .linear import linear_gelu
+from .linear import gelu_mlp, linear_gelu
 from .losses import linear_cross_entropy
 from .norms import layer_norm, rms_norm
 
@@ -11,6 +11,7 @@ __all__ = [
     "bias_dropout_residual",
     "bias_gelu",
     "bias_swiglu",
+    "gelu_mlp",
     "layer_norm",
     "linear_cross_entropy",
     "linear_gelu",

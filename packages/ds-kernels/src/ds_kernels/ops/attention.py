@@ -10,7 +10,7 @@ from torch import Tensor
 from .autocast import matched
 from .checks import check_input
 from .declare import Derivative, declare
-from .seeds import seed_for
+from .seeds import cleared, seed_for
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -107,8 +107,9 @@ def masked_softmax_dropout(
         )
     seed = seed_for(scores, p, seed, training=training)
     added = None if mask is None else _added(mask, scores)
-    result: Tensor = _masked_softmax_dropout(scores.contiguous(), added, float(scale), causal, p, seed)[0]
-    return result
+    ratio = 0.0 if seed is None else p
+    result: Tensor = _masked_softmax_dropout(scores.contiguous(), added, float(scale), causal, ratio, seed)[0]
+    return cleared(result) if training and p == 1 else result
 
 
 def _added(mask: Tensor, scores: Tensor) -> Tensor:

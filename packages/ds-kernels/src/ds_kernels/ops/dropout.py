@@ -10,7 +10,7 @@ from torch import Tensor
 from .autocast import matched, widened
 from .checks import check_input, check_residual, check_vectors
 from .declare import Derivative, declare
-from .seeds import seed_for
+from .seeds import cleared, seed_for
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -72,9 +72,9 @@ def bias_dropout_residual(
         x: ``[..., n]``; float32, bfloat16 or float16.
         bias: ``[n]``, of the same data type; None: no bias.
         residual: Like ``x``.
-        p: Probability that an element is dropped, at least 0 and below 1; rounded to a multiple of 2**-16, and what
-            stays is scaled by the rounded one, so that the mean is kept.
-        training: False: nothing is dropped, and no seed drawn; nor is one for ``p=0``.
+        p: Probability that an element is dropped; rounded to a multiple of 2**-16, and what stays is scaled by the
+            rounded one, so that the mean is kept. With 1 all are dropped, in a pass or two of their own.
+        training: False: nothing is dropped, and no seed drawn; nor is one where ``p`` is 0 or 1.
         seed: 0D, int64, on the device of ``x``; None draws one from torch's default generator: fresh masks at each
             call, the same ones after the same ``torch.manual_seed`` and when an activation checkpoint computes again.
 
@@ -99,6 +99,8 @@ def bias_dropout_residual(
     (bias,) = matched(x, bias)
     check_vectors(x, {"bias": bias})
     seed = seed_for(x, p, seed, training=training)
+    if training and p == 1:
+        p, x, bias = 0.0, cleared(x), None if bias is None else cleared(bias)
     contiguous = None if bias is None else bias.contiguous()
     result: Tensor = _bias_dropout_residual(x.contiguous(), contiguous, residual.contiguous(), p, seed)
     return result

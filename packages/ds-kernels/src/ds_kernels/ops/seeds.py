@@ -19,15 +19,20 @@ _LARGEST = (1 << 63) - 1
 
 
 def seed_for(x: Tensor, p: float, seed: Tensor | None, *, training: bool) -> Tensor | None:
-    """Return the seed of a dropout of ``x``: the caller's or a new one; None where nothing is dropped.
+    """Return the seed of a dropout of ``x``: the caller's or a new one; None where nothing or everything is dropped.
 
     Raises:
-        ValueError: If ``p`` is no probability below 1, or ``seed`` not a number on the device of ``x``.
+        ValueError: If ``p`` is no probability, or ``seed`` not a number on the device of ``x``.
     """
-    if not 0 <= p < 1:
-        raise ValueError(f"p must be at least 0 and below 1; got {p}")
+    if not 0 <= p <= 1:
+        raise ValueError(f"p must be at least 0 and at most 1; got {p}")
     if seed is not None:
         check_seed(seed, x.device)
-    if p == 0 or not training:
+    if p in (0, 1) or not training:
         return None
     return torch.randint(_LARGEST, (), dtype=torch.int64, device=x.device) if seed is None else seed
+
+
+def cleared(x: Tensor) -> Tensor:
+    """Return zeros like ``x``, to which it gets the gradient 0: what a dropout of everything leaves."""
+    return x.masked_fill(torch.ones((), dtype=torch.bool, device=x.device), 0)

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from ..nvrtc.launcher import Launcher, cuda_launcher
 from .hopper import Hopper, built_hopper
-from .linear import ELEMENTS, linear_gelu
+from .linear import ELEMENTS, linear_dgelu, linear_gelu
+
+_KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {"linear_gelu": linear_gelu, "linear_dgelu": linear_dgelu}
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -47,6 +52,7 @@ class CutlassBackend:
 
     def find(self, op: str, device: torch.device, dtype: torch.dtype) -> Callable[..., Any] | None:
         """Return the kernel of ``op`` for tensors in a GPU's memory; None where there is none."""
-        if op != "linear_gelu" or device.type != self.launcher.device_type or dtype not in ELEMENTS:
+        kernel = _KERNELS.get(op)
+        if kernel is None or device.type != self.launcher.device_type or dtype not in ELEMENTS:
             return None
-        return functools.partial(linear_gelu, self.launcher, self.hopper)
+        return functools.partial(kernel, self.launcher, self.hopper)

@@ -1,4 +1,4 @@
-"""The product for Hopper: a module of its own, built by nvcc where that was asked for; see the README."""
+"""Products for Hopper: a module of its own, built by nvcc where that was asked for; see the README."""
 
 from __future__ import annotations
 
@@ -12,20 +12,18 @@ from torch import Tensor
 _CAPABILITY = (9, 0)  # sm_90a: its tensor cores' instructions exist on no other
 
 
+Pointers = tuple[int, int, int, int, int]  # of what is multiplied, weight, bias (or 0), out, what is inside the GELU
+Sizes = tuple[int, int, int]  # rows, columns, inner length
+
+
 class Module(Protocol):
     """``_hopper``."""
 
-    def workspace_bytes(self, dtype: str, sizes: tuple[int, int, int], multiprocessors: int) -> int:
+    def workspace_bytes(self, op: str, dtype: str, sizes: Sizes, multiprocessors: int) -> int:
         """Return the bytes of memory that a launch needs besides its tensors."""
 
-    def linear_gelu(  # noqa: PLR0917 - all positional in C++
-        self,
-        dtype: str,
-        pointers: tuple[int, int, int, int, int],
-        sizes: tuple[int, int, int],
-        multiprocessors: int,
-        workspace: int,
-        stream: int,
+    def run(  # noqa: PLR0917 - all positional in C++
+        self, op: str, dtype: str, pointers: Pointers, sizes: Sizes, multiprocessors: int, workspace: int, stream: int
     ) -> None:
         """Enqueue the kernel."""
 
@@ -41,7 +39,7 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Hopper:
-    """Products on GPUs of compute capability 9.0: TMA, warp-specialised, the GELU in the epilogue.
+    """Products on GPUs of compute capability 9.0: TMA, warp-specialised, the GELU or its slope in the epilogue.
 
     Args:
         module: The kernels.
@@ -68,14 +66,23 @@ class Hopper:
         """
         x, weight, bias, out, inside = tensors
         columns, inner = weight.shape
-        dtype = str(x.dtype).removeprefix("torch.")
-        sizes = x.numel() // inner, columns, inner
-        size = self.module.workspace_bytes(dtype, sizes, place.multiprocessors)
-        workspace = torch.empty(size, dtype=torch.uint8, device=x.device)
-        pointers = x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), inside.data_ptr()
+        pointers = (x.data_ptr(), weight.data_ptr(), bias.data_ptr(), out.data_ptr(), inside.data_ptr())
+        self._run("linear_gelu", place, x, pointers, (x.numel() // inner, columns, inner))
+
+    def linear_dgelu(self, place: Place, tensors: tuple[Tensor, Tensor, Tensor, Tensor]) -> None:
+        """Fill the last of the gradient, weight, what is inside the GELU, and out; as :meth:`linear_gelu`."""
+        grad, weight, inside, out = tensors
+        inner, columns = weight.shape
+        pointers = (grad.data_ptr(), weight.data_ptr(), 0, out.data_ptr(), inside.data_ptr())
+        self._run("linear_dgelu", place, grad, pointers, (grad.numel() // inner, columns, inner))
+
+    def _run(self, op: str, place: Place, like: Tensor, pointers: Pointers, sizes: Sizes) -> None:
+        dtype = str(like.dtype).removeprefix("torch.")
+        size = self.module.workspace_bytes(op, dtype, sizes, place.multiprocessors)
+        workspace = torch.empty(size, dtype=torch.uint8, device=like.device)
         at = workspace.data_ptr() if size else 0
         with torch.cuda.device(place.device):
-            self.module.linear_gelu(dtype, pointers, sizes, place.multiprocessors, at, place.stream)
+            self.module.run(op, dtype, pointers, sizes, place.multiprocessors, at, place.stream)
 
 
 @functools.cache

@@ -1,4 +1,4 @@
-"""A linear layer with its GELU in one kernel: the product is never written without its bias."""
+"""A linear layer and the GELU before or behind it in one kernel: the product alone is never written."""
 
 from __future__ import annotations
 
@@ -34,10 +34,25 @@ class _LinearGeluArgs(ctypes.Structure):
     )
 
 
+class _LinearDGeluArgs(ctypes.Structure):
+    """``LinearDGeluArgs`` of ``cuda/linear_dgelu.cuh``."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("grad", "weight", "inside", "out")),
+        *((name, ctypes.c_int) for name in ("rows", "columns", "inner")),
+    )
+
+
 def linear_gelu_kernel(dtype: torch.dtype) -> Kernel:
-    """Return the kernel for one data type."""
+    """Return the kernel of :func:`linear_gelu` for one data type."""
     function = f"linear_gelu<{ELEMENTS[dtype]}>"
     return Kernel("linear_gelu.cuh", "LinearGeluArgs", function, 128, _SHARED, ("cutlass", "cudart", "cccl"))
+
+
+def linear_dgelu_kernel(dtype: torch.dtype) -> Kernel:
+    """Return the kernel of :func:`linear_dgelu` for one data type."""
+    function = f"linear_dgelu<{ELEMENTS[dtype]}>"
+    return Kernel("linear_dgelu.cuh", "LinearDGeluArgs", function, 128, _SHARED, ("cutlass", "cudart", "cccl"))
 
 
 def linear_gelu(
@@ -45,16 +60,14 @@ def linear_gelu(
 ) -> tuple[Tensor, Tensor]:
     """Return ``gelu(x @ weight.T + bias)`` and what is inside; see :func:`ds_kernels.ops.linear_gelu`.
 
-    On Hopper by the kernel for it, where that was built, else by the one that serves all GPUs. Rows of 16-byte units
-    are needed: where the weight has a number of rows or columns that is no multiple of 8, or a tensor starts off a
-    16-byte boundary, this is the plain computation.
+    On Hopper by the kernel for it, where that was built, else by the one that serves all GPUs; plainly where
+    :func:`_fits` says no.
     """
     check_device("cutlass", launch.device_type, "x", x)
     columns, inner = weight.shape
     rows = x.numel() // inner if inner else 0
     x, weight, bias = x.contiguous(), weight.contiguous(), bias.contiguous()
-    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in (x, weight, bias))
-    if not (rows and columns and aligned) or columns % _ALIGN or inner % _ALIGN or rows * max(columns, inner) >= 2**31:
+    if not _fits((rows, columns, inner), (x, weight, bias)):
         return plain.linear_gelu(x, weight, bias)
     out, inside = (x.new_empty(*x.shape[:-1], columns) for _ in range(2))
     if hopper is not None and hopper.serves(x.device):
@@ -64,6 +77,35 @@ def linear_gelu(
     args = _LinearGeluArgs(*pointers, rows, columns, inner)
     launch(linear_gelu_kernel(x.dtype), x.device, swizzled(-(-rows // _TILE), -(-columns // _TILE)), args)
     return out, inside
+
+
+def linear_dgelu(launch: Launcher, hopper: Hopper | None, grad: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
+    """Return ``(grad @ weight) * gelu'(inside)``; see :func:`ds_kernels.ops.gelu_mlp`.
+
+    By the kernels that :func:`linear_gelu` would take.
+    """
+    check_device("cutlass", launch.device_type, "grad", grad)
+    inner, columns = weight.shape
+    rows = grad.numel() // inner if inner else 0
+    grad, weight, inside = grad.contiguous(), weight.contiguous(), inside.contiguous()
+    if not _fits((rows, columns, inner), (grad, weight, inside)):
+        return plain.linear_dgelu(grad, weight, inside)
+    out = torch.empty_like(inside)
+    if hopper is not None and hopper.serves(grad.device):
+        hopper.linear_dgelu(hopper.place(grad.device), (grad, weight, inside, out))
+        return out
+    pointers = (tensor.data_ptr() for tensor in (grad, weight, inside, out))
+    args = _LinearDGeluArgs(*pointers, rows, columns, inner)
+    launch(linear_dgelu_kernel(grad.dtype), grad.device, swizzled(-(-rows // _TILE), -(-columns // _TILE)), args)
+    return out
+
+
+def _fits(sizes: tuple[int, int, int], tensors: tuple[Tensor, ...]) -> bool:
+    """Whether there is something to compute, rows are whole 16-byte units, and tensors begin at 16-byte boundaries."""
+    rows, columns, inner = sizes
+    aligned = all(tensor.data_ptr() % 16 == 0 for tensor in tensors)
+    whole = columns % _ALIGN == 0 and inner % _ALIGN == 0 and rows * max(columns, inner) < 2**31
+    return min(sizes) > 0 and aligned and whole
 
 
 def swizzled(tiles_down: int, tiles_across: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -16,5 +17,19 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return functional.gelu(inside), inside
 
 
-KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType({"linear_gelu": linear_gelu})
+def linear_after_gelu(hidden: Tensor, inside: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Return ``hidden @ weight.T + bias``; ``inside``, whose GELU is ``hidden``, is for the derivative."""
+    del inside
+    return functional.linear(hidden, weight, bias)
+
+
+def linear_dgelu(grad: Tensor, weight: Tensor, inside: Tensor) -> Tensor:
+    """Return ``(grad @ weight) * gelu'(inside)``; see :func:`ds_kernels.ops.gelu_mlp`."""
+    result: Tensor = torch.ops.aten.gelu_backward(grad @ weight, inside)
+    return result
+
+
+KERNELS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {"linear_gelu": linear_gelu, "linear_after_gelu": linear_after_gelu, "linear_dgelu": linear_dgelu}
+)
 """By name of the op."""
