@@ -305,6 +305,7 @@ class NormTree:
         self._flats = flats
         self._comm = comm
         self._batches = _norm_batches(flats, comm.size)
+        self._parts = tuple(flat.part for flat in flats)
 
     def measure(self, scale: float) -> GradNorm:
         """Return the L2 norm of ``scale`` times the sums; small messages (see [Note: Norm tree]).
@@ -317,10 +318,9 @@ class NormTree:
             gathered = self._comm.gather_rows(torch.cat(rows))
             roots += tree_root(_padded(_in_layout_order(gathered, [row.numel() for row in rows]))).tolist()
         total = math.fsum(roots)
-        parts = tuple(flat.part for flat in self._flats)
         if math.isfinite(total):
-            return GradNorm(math.sqrt(total) * scale, None, tuple(roots), parts, scale)
-        return GradNorm(total, self._first_not_finite(roots), tuple(roots), parts, scale)
+            return GradNorm(math.sqrt(total) * scale, None, tuple(roots), self._parts, scale)
+        return GradNorm(total, self._first_not_finite(roots), tuple(roots), self._parts, scale)
 
     def _first_not_finite(self, roots: Sequence[float]) -> str | None:
         """Name the parameter, from the squared norm of each flat, which all ranks have; communicates."""
