@@ -84,7 +84,7 @@ def local_steps(width: int) -> Contender:
 
 def zero_one(width: int) -> Contender:
     intervals = {"var_freeze_step": 1, "local_step_scaler": 1, "local_step_clipper": LOCAL}
-    return own(width, ZeroOneAdam, LOCAL, codec=BlockCodec(code="ternary"), **intervals)
+    return own(width, ZeroOneAdam, LOCAL, **intervals)
 
 
 CONTENDERS: dict[str, Callable[[int], Contender]] = {
@@ -92,13 +92,14 @@ CONTENDERS: dict[str, Callable[[int], Contender]] = {
     "DDP": replicated,
     "DDP, fp16 hook": lambda width: replicated(width, default_hooks.fp16_compress_hook),
     "DDP, PowerSGD rank 4": low_rank,
-    "1-bit Adam, ternary": lambda width: own(width, OneBitAdam, freeze_step=1, codec=BlockCodec(code="ternary")),
+    "1-bit Adam": lambda width: own(width, OneBitAdam, freeze_step=1),
     "1-bit Adam, sign": lambda width: own(
         width, OneBitAdam, freeze_step=1, codec=BlockCodec(code="sign", scale_dtype=torch.float16)
     ),
-    "1-bit LAMB, ternary": lambda width: own(width, OneBitLamb, freeze_step=1, codec=BlockCodec(code="ternary")),
+    "1-bit Adam, ternary": lambda width: own(width, OneBitAdam, freeze_step=1, codec=BlockCodec(code="ternary")),
+    "1-bit LAMB": lambda width: own(width, OneBitLamb, freeze_step=1),
     f"0/1 Adam, {LOCAL} local steps": zero_one,
-    "int4 + error feedback": lambda width: own(width, CompressedAdam, codec=BlockCodec(code="int4")),
+    "int4 + error feedback": lambda width: own(width, CompressedAdam),
     f"local steps, {ROUND}": local_steps,
 }
 
@@ -185,7 +186,7 @@ def main() -> None:
         program = [sys.executable, "-W", "ignore", __file__, "--rank", "--size", options.size, *numbers]
         program += ["--contenders", *options.contenders]
         with slow_link.SlowLink(rate) as link:
-            lines += table(rate, options.size, options.batch, link.run(program, timeout=options.seconds + 120))
+            lines += table(rate, options.size, options.batch, link.run(program, timeout=2 * options.seconds + 180))
     text = "\n".join(lines)
     print(text)
     if options.out is not None:
