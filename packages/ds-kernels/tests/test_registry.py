@@ -196,6 +196,16 @@ def test_a_backend_that_cannot_run_here_says_why(install):
     assert owner.backends()["card"].unusable == "no such card"
 
 
+def test_backends_of_other_distributions_are_tried_on_request(install):
+    install("acme-kernels", "acme")
+    install("bad-kernels", "bad", "raise OSError('no driver')")
+    owner = Registry()
+    assert owner.backends()["bad"].unusable is None
+    found = owner.backends(load=True)
+    assert found["acme"].unusable is None
+    assert "OSError: no driver" in found["bad"].unusable
+
+
 def test_a_built_in_name_means_the_built_in_backend(install):
     install("acme-kernels", "reference")
     owner = Registry()

@@ -138,17 +138,24 @@ class Registry:
         self._chosen = backend
         self._found.clear()
 
-    def backends(self) -> dict[str, BackendInfo]:
-        """List the installed backends by name. Those of other distributions are not imported for it."""
+    def backends(self, *, load: bool = False) -> dict[str, BackendInfo]:
+        """List the installed backends by name; see :func:`backends`."""
         infos = {name: BackendInfo(name, "built in", kind().unusable()) for name, kind in _BUILT_IN.items()}
         for name, same_name in groupby(offers(), key=lambda offer: offer.name):
             wheels = [offer.distribution for offer in same_name]
             if len(wheels) > 1:
                 reason: str | None = "offered by more than one distribution; uninstall all but one"
             else:
-                reason = self._loaded[name].unusable() if name in self._loaded else None
+                reason = self._reason(name) if load or name in self._loaded else None
             infos.setdefault(name, BackendInfo(name, ", ".join(wheels), reason))
         return infos
+
+    def _reason(self, name: str) -> str | None:
+        """Say why a backend of another distribution cannot be used, loading it if it was not."""
+        try:
+            return self._find(name).unusable()
+        except RuntimeError as error:  # it cannot be loaded, or speaks another version
+            return str(error)
 
     def _find(self, name: str) -> KernelBackend:
         if name in _BUILT_IN:
@@ -239,14 +246,17 @@ def registry() -> Registry:
     return Registry()
 
 
-def backends() -> dict[str, BackendInfo]:
+def backends(*, load: bool = False) -> dict[str, BackendInfo]:
     """List the installed kernel backends, each with the reason why it cannot run here, if it cannot.
+
+    Args:
+        load: Import other distributions' backends to find out; else the reason is known only of those already used.
 
     Example:
         >>> backends()["reference"]
         BackendInfo(name='reference', provider='built in', unusable=None)
     """
-    return registry().backends()
+    return registry().backends(load=load)
 
 
 def use_backend(name: str | None) -> Use:
