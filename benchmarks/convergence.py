@@ -350,6 +350,12 @@ def draw(done: Sequence[Run], seeds: int, path: Path) -> None:
     curves.set(xlabel="step", ylabel="held-out loss (nats per byte)", title=f"mean of {seeds} seeds", ylim=(1.7, 3.5))
     sweeps.set(xlabel="learning rate", title="sweeps, first seed", xscale="log", ylim=(1.7, 2.5))
     volumes.set(xlabel="bytes sent per parameter, whole run", title="each seed", xscale="log", ylim=(1.7, 2.5))
+    for axes, ticks in (
+        (sweeps, (0.001, 0.002, 0.004, 0.008, 0.016, 0.032)),
+        (volumes, (100, 200, 500, 1000, 2000, 4000)),
+    ):
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.set_xticks([], minor=True)
     for axes in (curves, sweeps, volumes):
         axes.spines[["top", "right"]].set_visible(False)
     figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)

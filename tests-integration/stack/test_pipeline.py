@@ -530,6 +530,7 @@ def train_by_links(rank: Rank) -> tuple[list[float], list[str]]:
     handler = logging.Handler()
     handler.emit = lambda record: told.append(record.getMessage())  # type: ignore[method-assign]
     logger = logging.getLogger("ds_comm")
+    level = logger.level
     logger.setLevel(logging.INFO)
     logger.addHandler(handler)
     setting = Setting(stage=1, ranks=2, schedule="interleaved")
@@ -547,6 +548,7 @@ def train_by_links(rank: Rank) -> tuple[list[float], list[str]]:
         Level.probe = original  # type: ignore[method-assign]
     losses = [engine.train_batch().item() for _ in range(20)]
     logger.removeHandler(handler)
+    logger.setLevel(level)
     return losses, told
 
 

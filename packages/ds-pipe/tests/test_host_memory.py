@@ -46,3 +46,37 @@ def test_without_glibc_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _name: object())
     with pytest.raises(RuntimeError, match="freed memory can be kept with glibc only"):
         host_memory.keep_freed_memory()
+
+
+@pytest.mark.parametrize(("most", "told"), [(1 << 30, []), (1 << 25, ["32 MiB only"])])
+def test_it_takes_what_glibc_allows(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, most: int, told: list[str]
+) -> None:
+    asked: dict[int, int] = {}
+
+    class Library:
+        def mallopt(self, what: int, value: int) -> int:
+            if value > most:
+                return 0
+            asked[what] = value
+            return 1
+
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _name: Library())
+    host_memory.keep_freed_memory()
+    assert asked == {-1: -1, -3: most}
+    assert len(caplog.messages) == len(told)
+    assert all(part in text for part, text in zip(told, caplog.messages))
+
+
+def test_nothing_is_changed_when_it_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Library:
+        def mallopt(self, what: int, _value: int) -> int:
+            asked.append(what)
+            return 0
+
+    monkeypatch.setattr(host_memory.ctypes, "CDLL", lambda _name: Library())
+    with pytest.raises(RuntimeError, match="has refused"):
+        host_memory.keep_freed_memory()
+    assert set(asked) == {-3}

@@ -273,6 +273,7 @@ def test_the_command(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["described:MODEL", "--stages", "9"], "it has 9 stages, and there are 8 layers"),
         (["described:MODEL", "--stages", "0"], "argument --stages: a whole number from 1 on is needed; got '0'"),
         (["described:MODEL", "--memory", "-1"], "argument --memory: a number above 0 is needed; got '-1'"),
+        (["described:MODEL", "--latency", "-1"], "a number of seconds, 0 or more, is needed; got '-1'"),
         (["described:MODEL", "--memory", "4GB"], "argument --memory: a number above 0 is needed; got '4GB'"),
         (["nowhere.at_all:MODEL"], "the module 'nowhere.at_all' cannot be imported: No module named 'nowhere'"),
         (["described:MODEL", "--out", "."], "--out is what names of files begin with, and . is a folder: say best"),

@@ -126,8 +126,8 @@ def test_all_ranks_have_the_same_costs_without_waiting(ranks: RankPool) -> None:
     assert costs.message_bytes == (0.0, 4.0 * 16 * 32)
     assert costs.kept_bytes[0] == 4.0 * 16 * 32
     assert costs.forward[0] > 0.3
-    assert costs.forward[1] < 0.2  # it waits 0.3 s for each input
-    assert 0 < costs.latency < 0.2
+    assert costs.forward[1] < costs.forward[0]  # it waits 0.3 s for each input, and sleeps no more
+    assert costs.latency > 0
     assert costs.bytes_per_second > 0
     assert simulate(schedule, costs).seconds > MICRO_BATCHES * 0.3
 

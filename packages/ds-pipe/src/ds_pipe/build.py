@@ -8,7 +8,7 @@ from .costs import Costs
 from .instruction import COMPUTE, Op
 from .lower import lower
 from .orders import ORDERS, TRAINING, Slot, loop
-from .refine import best_order, fixed_orders
+from .refine import best_order, fixed_orders, halves
 from .schedule import Schedule
 from .simulate import simulate
 from .skips import Skip, checked
@@ -109,8 +109,8 @@ def make_greedy_schedule(
         for rank in range(num_ranks)
     ]
     past = checked(skips, len(places))
-    orders = [best_order(num_micro_batches, places, costs, room, skips=past)]
-    orders += fixed_orders(num_micro_batches, places, costs, room)
+    fixed = fixed_orders(num_micro_batches, places, costs, room)
+    orders = [best_order(num_micro_batches, places, costs, room, fixed, skips=past), *fixed]
     # what orders do not have counts here: messages that take turns, and gathers
     made = [lower("greedy", order, places, num_micro_batches, costs, skips=past) for order in orders]
     best = min(made, key=lambda schedule: simulate(schedule, costs).seconds)
@@ -172,15 +172,8 @@ def halved(schedule: Schedule) -> Schedule:
         schedule gpipe:halved placement 0 micro_batches 1
         0: UNSHARD0 F0.0 I0.0 W0.0 RESHARD0 REDUCE0 OPT
     """
-    halves = {Op.B: (Op.I, Op.W)}
     order = [
-        [
-            Slot(op, one.stage, one.micro_batch)
-            for one in row
-            if one.op in COMPUTE
-            for op in halves.get(one.op, (one.op,))
-        ]
-        for row in schedule.rows
+        halves(Slot(one.op, one.stage, one.micro_batch) for one in row if one.op in COMPUTE) for row in schedule.rows
     ]
     costs = Costs.uniform(schedule.num_stages)
     name, count = f"{schedule.name}:halved", schedule.num_micro_batches

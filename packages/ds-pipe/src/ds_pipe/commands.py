@@ -81,17 +81,24 @@ def _number(text: str) -> int:
 
 
 def _seconds(text: str) -> float:
-    return 0.0 if text in ("0", "0.0") else _positive(text)
+    found = _float(text)
+    if not 0 <= found < float("inf"):
+        raise argparse.ArgumentTypeError(f"a number of seconds, 0 or more, is needed; got {text!r}")
+    return found
 
 
 def _positive(text: str) -> float:
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0.0
+    found = _float(text)
     if not found > 0:
         raise argparse.ArgumentTypeError(f"a number above 0 is needed; got {text!r}")
     return found
+
+
+def _float(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return float("nan")
 
 
 class _MistakeError(Exception):

@@ -8,7 +8,7 @@ micro-batches, so sums of gradients keep their bits. Whatever the ranks try, the
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import le
 from typing import NamedTuple
 
@@ -29,10 +29,11 @@ def best_order(
     placement: Sequence[int],
     costs: Costs,
     memory: Sequence[float],
+    others: Sequence[Order] = (),
     *,
     skips: Sequence[Skip] = (),
 ) -> Order:
-    """Return an order made for ``costs``, at least as good as ``greedy``'s and as those of :func:`fixed_orders`.
+    """Return an order made for ``costs``, at least as good as ``greedy``'s and as ``others``.
 
     Time: about a second.
 
@@ -41,14 +42,14 @@ def best_order(
         placement: The rank of each stage.
         costs: Of these stages.
         memory: By rank, bytes that kept activations may take.
+        others: That fit into it: :func:`fixed_orders`.
         skips: See [Note: Skips].
 
     Raises:
         ValueError: The memory of a rank does not hold one micro-batch of each of its stages.
     """
     timed = _Timed(placement, costs, skips)
-    seeds = [greedy(num_micro_batches, placement, costs, memory, skips=skips)]
-    seeds += fixed_orders(num_micro_batches, placement, costs, memory)
+    seeds = [greedy(num_micro_batches, placement, costs, memory, skips=skips), *others]
     seeds.sort(key=timed.seconds)
     return min((refine(order, placement, costs, memory, skips=skips) for order in seeds[:_SEEDS]), key=timed.seconds)
 
@@ -102,10 +103,16 @@ def fixed_orders(
         memory: By rank, bytes that kept activations may take.
     """
     plain = _fixed(num_micro_batches, placement)
-    halved = [[_split(row) for row in order] for order in plain]
+    halved = [[halves(row) for row in order] for order in plain]
     found = plain + [order for order in halved if order not in plain]
     timed = _Timed(placement, costs, ())
     return [order for order in found if all(map(le, map(timed.peak, order), memory))]
+
+
+def halves(row: Iterable[Slot]) -> list[Slot]:
+    """Return ``row`` with each whole backward pass as its two halves, one after the other."""
+    parts = {Op.B: (Op.I, Op.W)}
+    return [slot._replace(op=op) for slot in row for op in parts.get(slot.op, (slot.op,))]
 
 
 def kept_peaks(order: Order, placement: Sequence[int], costs: Costs) -> list[float]:
@@ -140,11 +147,6 @@ def _fixed(num_micro_batches: int, placement: Sequence[int]) -> list[Order]:
             continue
         found.append(fixed.order(num_ranks, num_micro_batches, chunks))
     return found
-
-
-def _split(row: Sequence[Slot]) -> list[Slot]:
-    halves = {Op.B: (Op.I, Op.W)}
-    return [slot._replace(op=op) for slot in row for op in halves.get(slot.op, (slot.op,))]
 
 
 def _moved(row: Sequence[Slot], start: int, end: int) -> list[Slot] | None:
