@@ -7,29 +7,16 @@
 #include <cstdint>
 #include <cstring>
 
-#include "e8_table.h"
+#include "lanes.h"
+#include "table.h"
 
 namespace {
 
-constexpr std::size_t kMaxBlock = 1024;
 constexpr std::size_t kMaxBytes = kMaxBlock / 8;
-constexpr std::size_t kLanes = 64;
 constexpr std::uint32_t kPlace = 7;  // bits of a magnitude that hold its place
 constexpr std::uint32_t kNothing = 127;
 constexpr std::uint32_t kPairs = 128;
 constexpr std::uint32_t kSingles = 240;
-
-inline std::uint32_t as_bits(float x) {
-    std::uint32_t bits;
-    std::memcpy(&bits, &x, sizeof bits);
-    return bits;
-}
-
-inline float as_float(std::uint32_t bits) {
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    return x;
-}
 
 inline std::uint32_t smaller(std::uint32_t a, std::uint32_t b) { return a < b ? a : b; }
 inline std::uint32_t larger(std::uint32_t a, std::uint32_t b) { return a < b ? b : a; }
@@ -45,17 +32,6 @@ struct Groups {
     alignas(64) float single[kMaxBytes];         // that of the single
     alignas(64) float terms[kMaxBytes];          // of a sum
 };
-
-// Sum of m terms in lanes, which then meet 32, 16, ..., 1 apart.
-inline float lane_sum(const float* terms, std::size_t m) {
-    float lanes[kLanes] = {};
-    for (std::size_t j = 0; j < m && j < kLanes; ++j) lanes[j] = terms[j];
-    for (std::size_t j = kLanes; j < m; ++j) lanes[j - kLanes] += terms[j];
-    for (std::size_t half = kLanes / 2; half > 0; half /= 2) {
-        for (std::size_t lane = 0; lane < half; ++lane) lanes[lane] += lanes[lane + half];
-    }
-    return lanes[0];
-}
 
 inline void rank(const float* x, std::size_t m, Groups& g) {
     for (std::size_t j = 0; j < m; ++j) {
@@ -75,8 +51,6 @@ inline void rank(const float* x, std::size_t m, Groups& g) {
         }
     }
 }
-
-inline float magnitude(float x) { return as_float(as_bits(x) & 0x7fffffffu); }
 
 inline void find_better(const float* x, std::size_t m, Groups& g) {
     for (std::size_t j = 0; j < m; ++j) {
@@ -136,13 +110,13 @@ inline float code_block(const float* x, std::size_t m, std::uint8_t* codes, Grou
     return finite ? scale : total;  // what is not finite shows in the scale
 }
 
-struct Place {
+struct E8Place {
     std::size_t first;  // element
     std::size_t numel;
     std::size_t codes;  // byte in the payload
     std::size_t bytes;  // of codes
 
-    Place(const ds_comm::E8Layout& layout, std::size_t index) {
+    E8Place(const ds_comm::E8Layout& layout, std::size_t index) {
         const std::size_t num_blocks = (layout.numel + layout.block - 1) / layout.block;
         first = index * layout.block;
         numel = layout.numel - first < layout.block ? layout.numel - first : layout.block;
@@ -151,17 +125,12 @@ struct Place {
     }
 };
 
-void encode(const float* x, float* error, std::uint8_t* payload, const ds_comm::E8Layout& layout) {
+void encode_e8(const float* x, float* error, std::uint8_t* payload, const ds_comm::E8Layout& layout) {
     alignas(64) float block[kMaxBlock];
     Groups groups;
     for (std::size_t i = 0; i * layout.block < layout.numel; ++i) {
-        const Place place(layout, i);
-        const float* const from = x + place.first;
-        if (error == nullptr) {
-            for (std::size_t j = 0; j < place.numel; ++j) block[j] = from[j];
-        } else {
-            for (std::size_t j = 0; j < place.numel; ++j) block[j] = from[j] + error[place.first + j];
-        }
+        const E8Place place(layout, i);
+        read_block(x + place.first, error == nullptr ? nullptr : error + place.first, place.numel, block);
         for (std::size_t j = place.numel; j < 8 * place.bytes; ++j) block[j] = 0.0f;
         std::uint8_t* const codes = payload + place.codes;
         const float scale = code_block(block, place.bytes, codes, groups);
@@ -179,10 +148,10 @@ void encode(const float* x, float* error, std::uint8_t* payload, const ds_comm::
 
 // Writes `factor` times what the payload stands for, or adds it.
 template <bool add>
-void decode(float* out, const std::uint8_t* payload, const ds_comm::E8Layout& layout, float factor) {
+void decode_e8(float* out, const std::uint8_t* payload, const ds_comm::E8Layout& layout, float factor) {
     alignas(64) float block[kMaxBlock];
     for (std::size_t i = 0; i * layout.block < layout.numel; ++i) {
-        const Place place(layout, i);
+        const E8Place place(layout, i);
         float scale;
         std::memcpy(&scale, payload + 4 * i, 4);
         scale *= factor;
@@ -196,6 +165,6 @@ void decode(float* out, const std::uint8_t* payload, const ds_comm::E8Layout& la
     }
 }
 
-constexpr ds_comm::E8Table e8_table() { return {&encode, &decode<false>, &decode<true>}; }
+constexpr ds_comm::Codes<ds_comm::E8Layout> e8_codes() { return {&encode_e8, &decode_e8<false>, &decode_e8<true>}; }
 
 }  // namespace

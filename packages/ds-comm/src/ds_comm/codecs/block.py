@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .digits import code_rows, pack, unpack
 from .layout import CODES, Layout, check_layout
+from .native import NativeBlocks, native_codes
 from .plain import PlainCodec
 
 if TYPE_CHECKING:
@@ -57,8 +58,9 @@ class BlockCodec(PlainCodec):
     """Scale of ``sign``: ``mean`` of the magnitudes, which leaves the least error, or ``rms``, their root mean square,
     which keeps the norm, but on blocks of mostly zeros leaves more than there was. Of no meaning for other codes."""
     kernels: KernelBackend | None = None
-    """Where fused kernels ``block_encode``, ``block_decode`` and ``block_accumulate`` come from; None, and for what it
-    has no kernel of: torch operations, the same bytes. There are no kernels that fit ``rms``."""
+    """Where fused kernels ``block_encode``, ``block_decode`` and ``block_accumulate`` come from; None: this
+    package's own, for float32 on a CPU, where it was built with a compiler. What there is no kernel of is coded by
+    torch operations, into the same bytes. There are no kernels that fit ``rms``."""
 
     def __post_init__(self) -> None:
         check_layout(self._layout)
@@ -79,7 +81,11 @@ class BlockCodec(PlainCodec):
         return Layout(self.code, self.block, self.scale_dtype)
 
     def _kernel(self, op: str, tensor: Tensor) -> Callable[..., Any] | None:
-        return None if self.kernels is None else self.kernels.find(op, tensor.device, tensor.dtype)
+        """Return what codes ``tensor`` in one pass; None: torch operations have to."""
+        if self.kernels is not None:
+            return self.kernels.find(op, tensor.device, tensor.dtype)
+        native = native_codes(tensor.device)
+        return None if native is None else NativeBlocks(native).find(op, tensor.dtype)
 
     def _encode(self, x: Tensor, error: Tensor | None, payload: Tensor) -> None:
         kernel = None if self.scale == "rms" else self._kernel("block_encode", x)

@@ -1,5 +1,5 @@
-// The E8 code compiled for AVX2: the same operations in the same order, so the same bits.
-#include "e8_table.h"
+// The codes compiled for AVX2: the same operations in the same order, so the same bits.
+#include "table.h"
 
 #if defined(DS_COMM_X86)
 
@@ -14,11 +14,12 @@
 #pragma GCC target("avx2")
 #endif
 
+#include "blocks.h"
 #include "e8.h"
 
 namespace ds_comm {
 
-constexpr E8Table kAvx2E8 = e8_table();
+constexpr Table kAvx2 = {e8_codes(), block_codes()};
 
 }  // namespace ds_comm
 
