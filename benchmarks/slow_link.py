@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
+from ds_comm.codecs import BlockCodec
 from ds_comm.optim import CompressedAdam, LocalSteps, OneBitAdam, OneBitLamb, ZeroOneAdam
-from ds_kernels.codecs import BlockCodec
 from ds_testkit import slow_link
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks import default_hooks, powerSGD_hook
