@@ -7,7 +7,9 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from ds_comm import all_reduce
 from ds_comm.all_reduce import CompressedAllReduce, is_finite, mean_exactly
+from ds_comm.codecs import E8Codec
 from ds_comm.traffic import Traffic
 from ds_testkit import Rank, RankPool
 from hypothesis import given
@@ -121,6 +123,23 @@ def test_bytes_are_two_payloads_less_what_stays(ranks: RankPool, size: int) -> N
     assert last.calls == 6
     assert last.sent == last.received
     assert exact < last.sent <= exact + last.calls * (size - 1) * 16  # a flag, and padding to 16 bytes
+
+
+@pytest.mark.parametrize("size", [2, 3, 4, 7, 8, 63, 64, 65, 128, 512, 1000, 4096])
+@pytest.mark.parametrize("more", [0, 1, 513, 1 << 16, 12345])
+def test_one_bit_takes_at_most_a_quarter_byte_and_its_scales_on_any_number_of_ranks(
+    monkeypatch: pytest.MonkeyPatch, size: int, more: int
+) -> None:
+    monkeypatch.setattr(all_reduce, "place_in", lambda group: (size - 1, size))
+    numel = size * ((1 << 16) + more) + more % 7
+    reducer = CompressedAllReduce(numel, E8Codec(), device=torch.device("meta"))
+    parts = [part for chunk in reducer._chunks for part in chunk.slices]
+    assert [part.stop for part in parts] == [*(part.start for part in parts[1:]), numel]
+    for chunk in reducer._chunks * 2:
+        reducer._count(chunk)
+    each_way = reducer.traffic.sent / numel
+    exact = 2 * (size - 1) / size * E8Codec().payload_bytes(1 << 20) / (1 << 20)
+    assert exact <= each_way <= min(0.27, 1.02 * exact)
 
 
 def reduce_with_a_bad_rank(rank: Rank, bad: float, chunk: int) -> tuple[list[bool], list[Tensor], list[Tensor]]:

@@ -11,7 +11,8 @@ from ds_testkit import slow_link
 
 from . import slow_program
 
-EACH_WAY = {"1-bit Adam": 0.27, "1-bit Adam, sign": 0.27, "1-bit LAMB": 0.27, "0/1 Adam": 0.27, "int4": 1.1}
+# two ranks: half of what it is on many
+EACH_WAY = {"1-bit Adam": 0.134, "1-bit Adam, sign": 0.134, "1-bit LAMB": 0.134, "0/1 Adam": 0.134, "int4": 0.534}
 
 
 def test_the_kernel_counts_what_is_accounted() -> None:

@@ -30,9 +30,9 @@ _EXCHANGES = 1 << 18  # added to the keys of exchanged payloads: their messages 
 class ShardedAllReduce:
     """Mean over ranks of one flat float32 buffer, with error feedback; see [Note: Sharded all-reduce].
 
-    Each rank sends and receives ``2 (N - 1) / N`` times the payload of the buffer in two collectives. One rank alone
-    sends and loses nothing. Memory: 4 bytes per element for the worker error, ``4 / N`` for the server error, and two
-    payloads.
+    Each rank sends and receives ``2 (N - 1) / N`` times the payload of the buffer in two collectives; a shard's last
+    block, if shorter, has a scale, too. One rank alone sends and loses nothing. Memory: 4 bytes per element for the
+    worker error, ``4 / N`` for the server error, and two payloads.
 
     Args:
         comm: Carries the payloads.
