@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable
 from functools import cache
 from types import ModuleType
@@ -13,15 +14,28 @@ from torch import Tensor
 
 from .layout import Layout
 
+_logger = logging.getLogger(__package__)
 
-@cache
+
 def native_codes(device: torch.device) -> ModuleType | None:
     """Return the native module for tensors on ``device``; None where there is none."""
-    if device.type != "cpu":
-        return None
+    return _load() if device.type == "cpu" else None
+
+
+@cache
+def _load() -> ModuleType | None:
+    """Return the native module; None where it was not built or, which is warned of, cannot be loaded."""
+    package = __package__.rpartition(".")[0]
     try:
-        return importlib.import_module("._codes", __package__.rpartition(".")[0])
-    except ImportError:
+        return importlib.import_module("._codes", package)
+    except ImportError as error:
+        if not (isinstance(error, ModuleNotFoundError) and error.name == f"{package}._codes"):
+            _logger.warning(
+                "the native codes %s._codes are there and do not load (%s): torch operations compute the same bytes, "
+                "more slowly; reinstall ds-comm where it runs",
+                package,
+                error,
+            )
         return None
 
 
