@@ -60,3 +60,13 @@ def test_extremes_are_coded_alike(code, size):
         if not torch.equal(ours, theirs):
             values = [ds_comm.codecs.BlockCodec(**settings).decode(p, torch.empty(500)) for p in (ours, theirs)]
             assert torch.allclose(*values, equal_nan=True, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("scale_dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("code", CODES)
+def test_codecs_that_understand_each_other_say_so(code, scale_dtype):
+    settings = {"code": code, "block": 192, "scale_dtype": scale_dtype}
+    ours = ds_comm.codecs.BlockCodec(**settings)
+    assert ours.meaning == ds_kernels.codecs.BlockCodec(**settings).meaning
+    assert ours.meaning == ds_comm.codecs.BlockCodec(**settings, kernels=ReferenceBackend()).meaning
+    assert ours.meaning == ds_kernels.codecs.BlockCodec(**settings, kernels=ReferenceBackend()).meaning

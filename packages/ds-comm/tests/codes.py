@@ -10,6 +10,10 @@ class SignCodec:
     def __init__(self, block: int = 8) -> None:
         self.block = block
 
+    @property
+    def meaning(self) -> str:
+        return f"signs in blocks of {self.block}"
+
     def payload_bytes(self, numel: int) -> int:
         return -(-numel // self.block) * 4 + numel
 

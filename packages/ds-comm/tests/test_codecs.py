@@ -135,3 +135,7 @@ def test_what_does_not_fit_is_named(codec):
         codec.encode(x, error=torch.zeros(99))
     with pytest.raises(ValueError, match=r"out must be torch.float32; got torch.bfloat16"):
         codec.accumulate(payload, torch.ones(100, dtype=torch.bfloat16))
+
+
+def test_codecs_that_code_otherwise_say_so():
+    assert len({codec.meaning for codec in CODECS.values()}) == len(CODECS)

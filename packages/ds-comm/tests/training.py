@@ -58,9 +58,14 @@ def gradient(worker: int, step: int, p: Any) -> Any:
     return 0.3 * p + (fixed.double().numpy() if isinstance(p, np.ndarray) else fixed)
 
 
-def make(name: str, params: list[nn.Parameter], link: Link, **settings: Any) -> torch.optim.Optimizer:
+def make(
+    name: str, params: list[nn.Parameter], link: Link, *, around: tuple[int, int] = (0, 0), **settings: Any
+) -> torch.optim.Optimizer:
+    """An optimizer; ``around``: how many groups without parameters come before the others and after."""
     codec = BlockCodec(code=CODES[name], block=64)
     groups = [{"params": [params[i] for i in group], **hyper} for group, hyper in zip(GROUPS, HYPER, strict=True)]
+    before, after = ([{**groups[0], "params": []} for _ in range(count)] for count in around)
+    groups = [*before, *groups, *after]
     settings = {**SETTINGS[name], "codec": codec, "link": link, **settings}
     if name == "LocalSteps":
         plain = [{"params": group["params"], "lr": group["lr"]} for group in groups]

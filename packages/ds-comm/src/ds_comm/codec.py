@@ -19,6 +19,10 @@ class Codec(Protocol):
     def block(self) -> int:
         """Elements that are coded together: a part that begins at a multiple of it has the codes of the whole."""
 
+    @property
+    def meaning(self) -> str:
+        """What payloads stand for, in a few words that are equal on all ranks whose codecs understand each other."""
+
     def payload_bytes(self, numel: int) -> int:
         """Return the bytes of the payload of ``numel`` elements."""
 

@@ -56,6 +56,16 @@ class BlockCodec:
     def __post_init__(self) -> None:
         check_layout(self._layout)
 
+    @property
+    def meaning(self) -> str:
+        """What payloads stand for, in words; the same with any kernels, and for the code of ds-comm.
+
+        Example:
+            >>> BlockCodec(code="int4", block=64).meaning
+            'int4 in blocks of 64, scales torch.float32'
+        """
+        return f"{self.code} in blocks of {self.block}, scales {self.scale_dtype}"
+
     def payload_bytes(self, numel: int) -> int:
         """Return the bytes of the payload of ``numel`` elements.
 

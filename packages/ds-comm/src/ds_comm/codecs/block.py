@@ -67,6 +67,18 @@ class BlockCodec(PlainCodec):
         if self.scale not in ("mean", "rms"):
             raise ValueError(f"scale must be 'mean' or 'rms'; got {self.scale!r}")
 
+    @property
+    def meaning(self) -> str:
+        """What payloads stand for, in words; the same with any kernels, and for the code of ds-kernels.
+
+        Example:
+            >>> BlockCodec(code="int4", block=64).meaning
+            'int4 in blocks of 64, scales torch.float32'
+        """
+        return f"{self.code} in blocks of {self.block}, scales {self.scale_dtype}" + (
+            ", rms" if self.scale == "rms" else ""
+        )
+
     def payload_bytes(self, numel: int) -> int:
         """Return the bytes of the payload of ``numel`` elements.
 

@@ -55,6 +55,11 @@ class HadamardCodec(PlainCodec):
         """Elements that are coded together."""
         return max(self.size, self.inner.block)
 
+    @property
+    def meaning(self) -> str:
+        """What payloads stand for, in words."""
+        return f"{self.inner.meaning}, of rotations of {self.size}"
+
     def payload_bytes(self, numel: int) -> int:
         """Return the bytes of the payload of ``numel`` elements: those of the inner code."""
         return self.inner.payload_bytes(numel)

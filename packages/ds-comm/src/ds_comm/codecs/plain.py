@@ -15,6 +15,11 @@ class PlainCodec(ABC):
 
     __slots__ = ()
 
+    @property
+    def meaning(self) -> str:
+        """What payloads stand for, in a few words that are equal on all ranks whose codecs understand each other."""
+        return repr(self)
+
     @abstractmethod
     def payload_bytes(self, numel: int) -> int:
         """Return the bytes of the payload of ``numel`` elements."""

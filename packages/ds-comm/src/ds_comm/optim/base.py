@@ -30,7 +30,7 @@ from torch.optim.optimizer import ParamsT
 from ..all_reduce import CompressedAllReduce, is_finite, mean_exactly, place_in
 from ..codec import check_codec
 from ..traffic import Traffic
-from .agreement import check_agreed
+from .agreement import check_agreed, settings_of
 from .flat import Flat
 from .link import Link
 
@@ -69,7 +69,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         super().add_param_group(param_group)
         params = self.param_groups[-1]["params"]
         shapes = [f"parameter {i} of a group, {tuple(p.shape)}, {p.dtype}" for i, p in enumerate(params)]
-        check_agreed(shapes, self._link.group, params[0].device)
+        check_agreed(shapes, self._link.group)
         for param in params:
             self._begin_equal(param.detach())
 
@@ -144,7 +144,7 @@ class FlatOptimizer(torch.optim.Optimizer):
             return
         self._ready = True
         self._flat = Flat(self.param_groups)
-        check_agreed(self._settings(), self._link.group, self._flat.device)
+        check_agreed(self._settings(), self._link.group)
         self._buffers = {name: self._flat.new() for name in self.buffers}
         self._message = self._flat.new()
         self._reducer = CompressedAllReduce(
@@ -154,13 +154,12 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     def _settings(self) -> list[str]:
         """Return what ranks have to agree on, besides shapes."""
-        codec, numel = self._codec, self._flat.numel
-        own = {name: value for name, value in vars(self).items() if type(value) in (int, float, tuple)}
         groups = [{name: value for name, value in group.items() if name != "params"} for group in self.param_groups]
         return [
             f"a step of {type(self).__name__}, {len(groups)} parameter groups",
-            *(f"{name} = {value}" for each in (own, *groups) for name, value in sorted(each.items())),
-            f"codes in blocks of {codec.block}, {codec.payload_bytes(numel)} bytes for {numel} elements",
+            *settings_of(self),
+            *(f"{name} = {value}" for each in (self._link.agreed, *groups) for name, value in sorted(each.items())),
+            f"codes: {self._codec.meaning}",
         ]
 
     def _name_state(self) -> None:

@@ -20,7 +20,7 @@ class CompressedAdam(AdamMoments):
     ranks receive it, then ``p -= lr (m / (sqrt(v) + eps) + weight_decay p)`` with corrected moments. For N ranks and
     the default code, each rank sends and receives ``2 (N - 1) / N`` times 0.53 bytes per parameter and step.
 
-    Memory: 16 bytes per parameter (moments, message, worker error, and ``8 / N`` more) and payloads. See
+    Memory: 16 bytes per parameter (moments, message, worker error), ``4 / N`` of server error, and three payloads. See
     [Note: Training with these optimizers] in ``base.py``.
 
     Args:

@@ -17,7 +17,8 @@ class Flat:
             computed on a slice.
 
     Raises:
-        ValueError: A parameter is sparse, not a floating-point tensor, or on another device than the first.
+        ValueError: A parameter is sparse, not a floating-point tensor, or on another device than the first; or there
+            is none at all.
 
     Example:
         >>> flat = Flat([{"params": [torch.ones(2), torch.ones(3)]}])
@@ -39,6 +40,8 @@ class Flat:
                 self.owners.append(index)
                 self.params.append(param)
             self.parts.append(slice(start, end))
+        if not self.params:
+            raise ValueError(f"there must be a parameter in some group; got {len(self.parts)} groups without any")
         self.numel = end
         self.device = self.params[0].device
         for param in self.params:

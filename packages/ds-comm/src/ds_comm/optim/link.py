@@ -32,6 +32,11 @@ class Link:
     on_nonfinite: str = "raise"
     """What a step does when a gradient is not finite on some rank: ``raise``, or ``skip``: nothing, and counts it."""
 
+    @property
+    def agreed(self) -> dict[str, object]:
+        """The settings that all ranks have to give alike."""
+        return {"exact_dtype": self.exact_dtype, "on_nonfinite": self.on_nonfinite}
+
     def __post_init__(self) -> None:
         if self.on_nonfinite not in _NONFINITE:
             raise ValueError(f"on_nonfinite must be one of {', '.join(_NONFINITE)}; got {self.on_nonfinite!r}")

@@ -21,8 +21,8 @@ class LocalSteps(RoundOptimizer):
     compressed with error feedback, is the outer gradient: ``b = momentum b + d``, ``p = anchor - lr (d + momentum b)``.
 
     An exchange takes, for N ranks and the default code, ``2 (N - 1) / N`` times 0.53 bytes per parameter each way; that
-    is divided by ``every``. Memory: 16 bytes per parameter beside ``inner`` (momentum, anchor, message, worker error,
-    and ``8 / N`` more).
+    is divided by ``every``. Memory: 16 bytes per parameter beside ``inner`` (momentum, anchor, message, worker error),
+    ``4 / N`` of server error, and three payloads.
 
     Step this optimizer in place of ``inner``; learning rate schedules stay with ``inner``, whose state differs between
     ranks and is not part of this state: save ``inner.state_dict()`` for each rank, or let it start anew. Deviation from

@@ -23,9 +23,11 @@ class OneBitAdam(WarmedUpMoments):
 
     The warm-up, recommended for 15 to 25 % of all steps, exchanges 8 bytes per parameter, or 4 in bfloat16; for N ranks
     ``2 (N - 1) / N``, each way, of 4 or 2. Afterwards it is that multiple of 0.133 bytes: 1 bit, and a scale for every
-    512 elements; at most 0.266 for any N. (``ternary`` takes 0.22, 0.44 for many ranks, and loses less.)
+    512 elements; at most 0.27 for any N, from 65536 parameters for each rank on. (``ternary`` takes 0.22, 0.44 for many
+    ranks, and loses less.)
 
-    Memory: 24 bytes per parameter (moments, message, worker error, denominator, and ``8 / N`` more) and payloads.
+    Memory: 20 bytes per parameter (moments, message, worker error, denominator), ``4 / N`` of server error, and three
+    payloads.
 
     Deviations from DeepSpeed: a code with an exact zero by default, so that parameters whose gradients are always zero
     need no mask (``sign`` would move them, by multiples of ``lr / eps``); errors in checkpoints; one buffer of all

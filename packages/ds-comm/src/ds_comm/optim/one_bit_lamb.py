@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,8 +30,9 @@ class OneBitLamb(WarmedUpMoments):
     share of weight decay in u, within ``factor_min ... factor_max``, and within ``factor_threshold`` of the last one;
     then ``p -= lr f factor u``.
 
-    Messages as for :class:`OneBitAdam`. Memory: 28 bytes per parameter (three moments, message, worker error,
-    denominator, and ``8 / N`` more). See [Note: Training with these optimizers] in ``base.py``.
+    Messages as for :class:`OneBitAdam`. Memory: 24 bytes per parameter (three moments, message, worker error,
+    denominator), ``4 / N`` of server error, and three payloads. See [Note: Training with these optimizers] in
+    ``base.py``.
 
     Args:
         params: Parameters, or parameter groups.
@@ -131,12 +132,9 @@ class OneBitLamb(WarmedUpMoments):
         """Start the fresh variance, and find what makes the momenta alike."""
         self._buffers["exp_avg_sq_fresh"].copy_(self._buffers["exp_avg_sq"])
         norms = self._norms_of(self._buffers["exp_avg"])
-        sizes = [
-            norm / param.numel() ** 0.5 if norm else 0.0 for norm, param in zip(norms, self._flat.params, strict=True)
-        ]
-        mean = sum(sizes) / len(sizes)
-        for param, size in zip(self._flat.params, sizes, strict=True):
-            self.state[param]["scaling_coeff"] = mean / size if size else 1.0
+        scales = momentum_scales(norms, [param.numel() for param in self._flat.params])
+        for param, scale in zip(self._flat.params, scales, strict=True):
+            self.state[param]["scaling_coeff"] = scale
 
     # Compressed #
 
@@ -203,6 +201,22 @@ class OneBitLamb(WarmedUpMoments):
 
     def _norms(self, tensors: list[Tensor]) -> list[float]:
         return _floats([torch.linalg.vector_norm(tensor, dtype=torch.float32) for tensor in tensors])
+
+
+def momentum_scales(norms: Sequence[float], numels: Sequence[int]) -> list[float]:
+    """Return for each tensor what brings its momentum to the mean root mean square of all; 1 where it is zero.
+
+    Args:
+        norms: Of the momenta.
+        numels: Elements of each; tensors without any do not count.
+
+    Example:
+        >>> momentum_scales([6.0, 1.0, 0.0], [4, 1, 0])
+        [0.6666666666666666, 2.0, 1.0]
+    """
+    sizes = [norm / numel**0.5 for norm, numel in zip(norms, numels, strict=True) if numel]
+    mean = sum(sizes) / max(1, len(sizes))
+    return [mean / (norm / numel**0.5) if norm else 1.0 for norm, numel in zip(norms, numels, strict=True)]
 
 
 def _floats(values: list[Tensor]) -> list[float]:

@@ -32,7 +32,8 @@ class ZeroOneAdam(AdamMoments, RoundOptimizer):
     Errors are set to zero between the phases. For N ranks an exchange takes ``2 (N - 1) / N`` times 0.133 bytes
     per parameter each way; with local steps, divided by the interval.
 
-    Memory: 32 bytes per parameter (moments, message, worker error, denominator, sums, anchor, and ``8 / N`` more).
+    Memory: 28 bytes per parameter (moments, message, worker error, denominator, sums, anchor), ``4 / N`` of server
+    error, and three payloads.
 
     Deviations from DeepSpeed: parameters return to a copy of where the round began, not by adding back what was
     subtracted, so replicas keep the same bits; codes, errors and buffers as in :class:`OneBitAdam`. See

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.optimizer import ParamsT
 
+from ..optim.agreement import compare, settings_of
 from ..optim.base import check_settings
 from ..traffic import Traffic
 from .all_reduce import ShardedAllReduce
@@ -98,7 +99,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     # Role ExchangingOptimizer #
 
     def join(self, comm: Collectives, flats: Sequence[WholeFlat]) -> None:
-        """Exchange messages over ``comm`` from now on; called once, before the first step."""
+        """Exchange messages over ``comm`` from now on; called once, before the first step.
+
+        Raises:
+            ValueError: On all ranks: their codes or settings differ; those of groups the partitioner compares.
+        """
+        if flats and flats[0].device.type != "meta":
+            step = f"a step of {type(self).__name__}"
+            compare([step, *settings_of(self), f"codes: {self._codec.meaning}"], comm.gather_rows, flats[0].device)
         self._joined = [Joined(flat, comm, self._codec, self.traffic) for flat in flats]
         if flats:
             self._message = torch.zeros(max(flat.numel for flat in flats), device=flats[0].device)

@@ -12,6 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from ..codecs import E8Codec
 from ..optim.adam import checked_freeze_step, corrections, divide_by
+from ..optim.one_bit_lamb import momentum_scales
 from .base import Joined, ShardedOptimizer
 
 if TYPE_CHECKING:
@@ -179,11 +180,7 @@ class OneBitLamb(ShardedOptimizer):
                 moments.append(state["exp_avg"])
         (norms,) = self._norms(params, moments)
         of_all = self._gathered({param: [norm] for param, norm in zip(params, norms, strict=True)}).amax(0)[:, 0]
-        sizes = [
-            norm / (part.end - part.start) ** 0.5 for norm, part in zip(of_all.tolist(), self._tensors, strict=True)
-        ]
-        mean = sum(sizes) / len(sizes)
-        scales = [mean / size if size else 1.0 for size in sizes]
+        scales = momentum_scales(of_all.tolist(), [part.end - part.start for part in self._tensors])
         self._set_numbers("scaling_coeff", dict(zip(self._tensors, scales, strict=True)))
 
     # Compressed #
