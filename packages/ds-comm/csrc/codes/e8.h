@@ -125,7 +125,31 @@ struct E8Place {
     }
 };
 
+// What each byte stands for: of its eight values twice each plus 2, four bits. Words are looked up once for a byte, where
+// values would be for an element.
+struct Words {
+    std::uint32_t of[256];
+
+    explicit Words(const float* vectors) {
+        for (std::size_t code = 0; code < 256; ++code) {
+            of[code] = 0;
+            for (std::size_t k = 0; k < 8; ++k) {
+                of[code] |= static_cast<std::uint32_t>(2.0f * vectors[256 * k + code] + 2.0f) << 4 * k;
+            }
+        }
+    }
+
+    void read(const std::uint8_t* codes, std::size_t m, std::uint32_t* words) const {
+        for (std::size_t j = 0; j < m; ++j) words[j] = of[codes[j]];
+    }
+};
+
+inline float value_of(std::uint32_t word, std::uint32_t k) {
+    return static_cast<float>(static_cast<std::int32_t>(word >> 4 * k & 15u) - 2) * 0.5f;
+}
+
 void encode_e8(const float* x, float* error, std::uint8_t* payload, const ds_comm::E8Layout& layout) {
+    const Words words(layout.vectors);
     alignas(64) float block[kMaxBlock];
     Groups groups;
     for (std::size_t i = 0; i * layout.block < layout.numel; ++i) {
@@ -136,11 +160,10 @@ void encode_e8(const float* x, float* error, std::uint8_t* payload, const ds_com
         const float scale = code_block(block, place.bytes, codes, groups);
         std::memcpy(payload + 4 * i, &scale, 4);
         if (error == nullptr) continue;
-        for (std::size_t k = 0; k < 8; ++k) {
-            const float* const values = layout.vectors + 256 * k;
-            for (std::size_t j = 0; j < place.bytes; ++j) {
-                block[k * place.bytes + j] -= values[codes[j]] * scale;
-            }
+        words.read(codes, place.bytes, groups.codes);
+        for (std::uint32_t k = 0; k < 8; ++k) {
+            float* const row = block + k * place.bytes;
+            for (std::size_t j = 0; j < place.bytes; ++j) row[j] -= value_of(groups.codes[j], k) * scale;
         }
         std::memcpy(error + place.first, block, place.numel * sizeof(float));
     }
@@ -149,16 +172,18 @@ void encode_e8(const float* x, float* error, std::uint8_t* payload, const ds_com
 // Writes `factor` times what the payload stands for, or adds it.
 template <bool add>
 void decode_e8(float* out, const std::uint8_t* payload, const ds_comm::E8Layout& layout, float factor) {
+    const Words words(layout.vectors);
     alignas(64) float block[kMaxBlock];
+    alignas(64) std::uint32_t found[kMaxBytes];
     for (std::size_t i = 0; i * layout.block < layout.numel; ++i) {
         const E8Place place(layout, i);
         float scale;
         std::memcpy(&scale, payload + 4 * i, 4);
         scale *= factor;
-        const std::uint8_t* const codes = payload + place.codes;
-        for (std::size_t k = 0; k < 8; ++k) {
-            const float* const values = layout.vectors + 256 * k;
-            for (std::size_t j = 0; j < place.bytes; ++j) block[k * place.bytes + j] = values[codes[j]] * scale;
+        words.read(payload + place.codes, place.bytes, found);
+        for (std::uint32_t k = 0; k < 8; ++k) {
+            float* const row = block + k * place.bytes;
+            for (std::size_t j = 0; j < place.bytes; ++j) row[j] = value_of(found[j], k) * scale;
         }
         float* const to = out + place.first;
         for (std::size_t j = 0; j < place.numel; ++j) to[j] = add ? to[j] + block[j] : block[j];
