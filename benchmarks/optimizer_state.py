@@ -237,6 +237,9 @@ def draw(done: list[Run], path: Path) -> None:
                 sweep.plot(run.lr * (1 + 0.04 * (index - 2)), run.held_out, ".", color=style["color"])
     curves.set(xlabel="step", ylabel="loss (nats per byte)", title=f"training, lr {best:g}, mean over seeds")
     sweep.set(xlabel="learning rate", title="held out, each seed", xscale="log")
+    rates = sorted({run.lr for run in done})
+    sweep.set_xticks(rates, [f"{lr:g}" for lr in rates])
+    sweep.set_xticks([], minor=True)
     for axes in (curves, sweep):
         axes.spines[["top", "right"]].set_visible(False)
     curves.legend(frameon=False)
