@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.distributed as dist
-from ds_pipe.tensor import BlockDropout, Blocks, Plan, Ranks, Rule, grad_norm, preset, split
+from ds_pipe.tensor import BlockDropout, Blocks, Plan, Ranks, Rule, grad_norm, split
 from ds_pipe.tensor.blocks import Cut
 from ds_pipe.tensor.functions import copies, gathered, pieces, together, total
 from ds_pipe.tensor.sums import tree_sum
@@ -17,87 +17,8 @@ from ds_testkit.threads import on_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.nn import functional
 
-WIDTH, HEADS, VOCABULARY, TOKENS = 32, 8, 24, 16
-
-
-class Attention(nn.Module):
-    """Causal, with one matrix for queries, keys and values."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.qkv, self.out = nn.Linear(WIDTH, 3 * WIDTH), nn.Linear(WIDTH, WIDTH)
-        self.head_dim = WIDTH // HEADS
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        batch, tokens, _ = hidden.shape
-        query, key, value = (
-            each.view(batch, tokens, -1, self.head_dim).transpose(1, 2) for each in self.qkv(hidden).chunk(3, -1)
-        )
-        scores = (query @ key.transpose(2, 3)) / self.head_dim**0.5
-        scores = scores.masked_fill(torch.ones(tokens, tokens).triu(1).bool(), float("-inf"))
-        return self.out((scores.softmax(-1) @ value).transpose(1, 2).reshape(batch, tokens, -1))
-
-
-class Gated(nn.Module):
-    """Two column layers with one input."""
-
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.gate, self.up, self.down = nn.Linear(WIDTH, 64), nn.Linear(WIDTH, 64, bias=False), nn.Linear(64, WIDTH)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        return self.down(self.dropout(functional.silu(self.gate(hidden)) * self.up(hidden)))
-
-
-class Block(nn.Module):
-    def __init__(self, dropout: float) -> None:
-        super().__init__()
-        self.first, self.attention = nn.LayerNorm(WIDTH), Attention()
-        self.second, self.mlp = nn.LayerNorm(WIDTH), Gated(dropout)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, hidden: Tensor) -> Tensor:
-        hidden = hidden + self.dropout(self.attention(self.first(hidden)))
-        return hidden + self.mlp(self.second(hidden))
-
-
-class Model(nn.Module):
-    """A small language model."""
-
-    def __init__(self, *, tied: bool = False, dropout: float = 0.0) -> None:
-        super().__init__()
-        self.words = nn.Embedding(VOCABULARY, WIDTH)
-        self.blocks = nn.ModuleList(Block(dropout) for _ in range(2))
-        self.norm = nn.LayerNorm(WIDTH)
-        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        if tied:
-            self.head.weight = self.words.weight
-
-    def forward(self, ids: Tensor) -> Tensor:
-        hidden = self.words(ids)
-        for block in self.blocks:
-            hidden = block(hidden)
-        logits: Tensor = self.head(self.norm(hidden))
-        return functional.cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
-
-
-LAYERS = (
-    Rule(patterns=(r".*qkv$",), shape=(3, -1)),
-    Rule(patterns=(r".*attention\.out$",), partition_type="row"),
-    Rule(patterns=(r".*(gate|up)\.weight$",)),
-    Rule(patterns=(r".*down$",), partition_type="row"),
-    Rule(patterns=(r".*mlp\.dropout$",), partition_type="dropout"),
-)
-WHOLE = Plan(
-    rules=(
-        *LAYERS,
-        Rule(patterns=("words$",), partition_type="vocab"),
-        Rule(patterns=("head$",), gather_output=True),
-    )
-)
+from .split_models import LAYERS, VOCABULARY, WHOLE, WIDTH, Gated, Model, batches, model_of
 
 
 class Trained(NamedTuple):
@@ -105,17 +26,6 @@ class Trained(NamedTuple):
     norms: list[float]
     weights: dict[str, Tensor]  # of this rank
     wholes: dict[str, Tensor]  # on one rank, merged
-
-
-def model_of(dtype: torch.dtype, **settings: Any) -> Model:
-    with torch.random.fork_rng():
-        torch.manual_seed(3)
-        return Model(**settings).to(dtype)
-
-
-def batches() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(5)
-    return [torch.randint(VOCABULARY, (4, TOKENS), generator=generator) for _ in range(3)]
 
 
 def train(model: Model, norm: Callable[[], float]) -> tuple[list[float], list[float]]:
@@ -298,7 +208,7 @@ def test_one_sum_for_layers_with_one_input() -> None:
     sums = []
     model = Gated(0.0)
     split(model, Plan(rules=LAYERS[2:4]), num_blocks=2)
-    ranks = model.gate._blocks.ranks
+    ranks = model.gate._share.ranks
     plain = ranks.sum
     ranks.sum = lambda own: (sums.append(own.shape), plain(own))[1]
     for _ in range(2):
@@ -366,109 +276,33 @@ def test_a_padding_row_gets_no_gradient() -> None:
     )
 
 
-class Counted(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = Attention()
-        self.attention.num_heads = HEADS
+@pytest.mark.parametrize("ids", [[24], [3, -1], [0, 23, 100]])
+def test_ids_out_of_range(ids: list[int]) -> None:
+    """On every rank, whatever blocks it has, as the whole table does."""
+    whole, given = nn.Sequential(nn.Embedding(VOCABULARY, 3)), torch.tensor(ids)
+    plan = Plan(rules=(Rule(patterns=("0",), partition_type="vocab"),))
 
-
-def test_attributes_that_count_heads_are_divided() -> None:
-    plan = Plan(rules=LAYERS[:2], counts={"attention": ("num_heads",)})
-
-    whole = Counted()
-
-    def heads(_rank: int) -> int:
+    def look_up(_rank: int) -> str:
+        group = dist.group.WORLD if dist.is_initialized() else None
         model = copy.deepcopy(whole)
-        split(model, plan, group=dist.group.WORLD, num_blocks=8)
-        return model.attention.num_heads
+        split(model, plan, group=group, num_blocks=4)
+        with pytest.raises(IndexError) as caught:
+            model(given)
+        return str(caught.value)
 
-    assert on_threads(4, heads) == [2] * 4
-    with pytest.raises(ValueError, match=r"attention.size is to be divided by 1 ranks"):
-        split(Counted(), Plan(rules=LAYERS[:2], counts={"attention": ("size",)}))
-
-
-def broken(what: str) -> None:
-    model: nn.Module = model_of(torch.float32, tied=what == "half a tie")
-    plan, blocks = WHOLE, 2
-    if what == "heads":
-        plan, blocks = Plan(rules=LAYERS), 16
-    elif what == "rows":
-        model.blocks[0].mlp.gate = nn.Linear(WIDTH, 63)
-    elif what == "pattern":
-        plan = Plan(rules=(*LAYERS, Rule(patterns=("feet",))))
-    elif what == "half a tie":
-        plan = Plan(rules=(*LAYERS, Rule(patterns=("head",), gather_output=True)))
-    elif what == "kind":
-        plan = Plan(rules=(*LAYERS, Rule(patterns=("words",))))
-    elif what == "meta":
-        model.to("meta")
-    elif what == "blocks":
-        blocks = 3
-    elif what == "sections":
-        plan = Plan(rules=(Rule(patterns=(r".*qkv$",), shape=((8, 8), -1)),))
-    elif what == "frequency":
-        model.words.scale_grad_by_freq = True
-    before = [*model.named_modules()]
-    try:
-        split(model, plan, num_blocks=blocks)
-    finally:
-        assert what == "frequency" or before == [*model.named_modules()]
+    with pytest.raises(IndexError):
+        whole(given)
+    want = f"ids are from 0 to 23, the rows of the table; got from {min(ids)} to {max(ids)}"
+    assert {look_up(0), *on_threads(2, look_up)} == {want}
 
 
-@pytest.mark.parametrize(
-    ("what", "text"),
-    [
-        ("heads", "attention.qkv: 8 heads of 4 each cannot be cut into 16 equal blocks"),
-        ("rows", "gate: 63 elements in dimension 0 cannot be cut into 2 equal blocks"),
-        ("pattern", "no module of the model matches 'feet'; it has words, blocks.0.attention.qkv"),
-        ("half a tie", "head.weight is to be split and is tied to words.weight, which is not"),
-        ("kind", "words is to be split by column, which is for nn.Linear; got a Embedding"),
-        ("meta", "words.weight is on the meta device"),
-        ("blocks", "a power of two of blocks .* got 3"),
-        ("sections", "is of 16 rows, and the layer has 96"),
-        ("frequency", "words: scale_grad_by_freq=True needs the whole table"),
-    ],
-)
-def test_what_cannot_be_split_is_refused(what: str, text: str) -> None:
-    with pytest.raises((ValueError, TypeError, NotImplementedError), match=text):
-        broken(what)
-
-
-def misuse(_rank: int, what: str) -> str:
-    group = dist.group.WORLD
-    try:
-        if what == "blocks":
-            Blocks(2, Ranks(group))
-        else:
-            model = nn.Sequential(nn.Linear(4, 4))
-            split(model, Plan(rules=(Rule(patterns=("0",), partition_type="row"),)), group=group)
-            model(torch.ones(1, 4))
-    except ValueError as error:
-        return str(error)
-    return "nothing"
-
-
-@pytest.mark.parametrize(
-    ("size", "what", "text"),
-    [
-        (4, "blocks", "4 tensor-parallel ranks do not divide 2 blocks"),
-        (3, "ranks", "a power of two of ranks (1, 2, 4, ...); got 3"),
-        (2, "row", "a row layer takes this rank's 2 of 4 inputs"),
-    ],
-)
-def test_wrong_numbers_of_ranks_and_inputs(size: int, what: str, text: str) -> None:
-    assert all(text in said for said in on_threads(size, lambda rank: misuse(rank, what)))
-
-
-def test_wrong_rules() -> None:
-    with pytest.raises(ValueError, match="there is no preset 'lama'"):
-        preset("lama")
-    with pytest.raises(ValueError, match="needs a pattern"):
-        Rule(patterns=())
-    with pytest.raises(ValueError, match="row layers are cut along dimension 1; got 0"):
-        Rule(patterns=("a",), partition_type="row", partition_dim=0)
-    with pytest.raises(ValueError, match="shape and gather_output are for column layers"):
-        Rule(patterns=("a",), partition_type="row", gather_output=True)
-    with pytest.raises(ValueError, match=r"shape is \(number, -1\)"):
-        Rule(patterns=("a",), shape=(3, 4))
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's own compiler
+def test_split_layers_are_compiled_as_one_graph() -> None:
+    model = nn.Sequential(nn.Embedding(8, 4), nn.Linear(4, 16), nn.Tanh(), nn.Linear(16, 4))
+    kinds = ("vocab", "column", "column", "row")
+    plan = Plan(rules=tuple(Rule(patterns=(f"{at}$",), partition_type=kinds[at]) for at in (0, 1, 3)))
+    split(model, plan, num_blocks=2)
+    ids, params = torch.tensor([1, 7, 7]), [*model.parameters()]
+    want = torch.autograd.grad(model(ids).square().sum(), params)
+    got = torch.autograd.grad(torch.compile(model, backend="aot_eager", fullgraph=True)(ids).square().sum(), params)
+    assert all(torch.allclose(first, second) for first, second in zip(got, want, strict=True))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .collaborators import Given
     from .config import Config
     from .protocols import BuildContext
-    from .tensor_protocols import SplitModel, Splitter
+    from .tensor_protocols import PlannedSplit, SplitModel, Splitter
 
 Shard: TypeAlias = "Callable[[Partitioner, OptimizerMaker | None, ParamGroups], Sharded]"
 
@@ -83,17 +83,27 @@ class SplitLayers:
             keep: Names of parameters that several stages have in common.
 
         Raises:
-            ValueError: A layer cannot be split, or a pattern matches nothing on any rank of the pipeline.
+            ValueError: A layer cannot be split, or a pattern matches nothing on any rank of the pipeline; nothing is
+                changed then.
         """
-        with together(self._pipe):  # ranks that talk within have the same stages, and the same errors
-            made = [self._splitter.split(module, keep=keep) for module in modules]
-        missed = set.intersection(*(set(each.unmatched) for each in made))
-        everywhere = set.intersection(*map(set, everybody(self._pipe, sorted(missed))))
-        if everywhere:
-            raise ValueError(f"tensor_parallel: {self._splitter.no_match(everywhere, nn.ModuleList(modules))}")
+        with together(self._pipe):
+            plans = [self._splitter.plan(module, keep=keep) for module in modules]
+        self._check_matches(plans)
+        made = [plan.split() for plan in plans]
         for each in made:
             given = _renewed(given, each)
         return [Prepared(given, self._sharding(module, each)) for module, each in zip(modules, made, strict=True)]
+
+    def _check_matches(self, plans: Sequence[PlannedSplit]) -> None:
+        """Refuse patterns that match nothing in any stage of the pipeline."""
+        rows = everybody(self._pipe, [[[*plan.unmatched], [*plan.layers]] for plan in plans])
+        stages = [stage for row in rows for stage in row]
+        missed = [
+            pattern for pattern in dict.fromkeys(stages[0][0]) if all(pattern in missed for missed, _ in stages[1:])
+        ]
+        if missed:
+            layers = [name for _, names in stages for name in names]
+            raise ValueError(f"tensor_parallel: {self._splitter.no_match(missed, layers)}")
 
     def _sharding(self, module: nn.Module, made: SplitModel) -> Shard:
         def shard(partitioner: Partitioner, maker: OptimizerMaker | None, groups: ParamGroups) -> Sharded:

@@ -17,10 +17,6 @@ class SplitModel(Protocol):
         """Blocks that a layer consists of, on all ranks together."""
 
     @property
-    def unmatched(self) -> Sequence[str]:
-        """Patterns of names that no module has matched."""
-
-    @property
     def blocks(self) -> Mapping[nn.Parameter, int]:
         """This rank's blocks, each with its number. All other parameters all ranks have, with the same gradients."""
 
@@ -33,7 +29,7 @@ class SplitModel(Protocol):
         """Their shapes, by the first name."""
 
     def renewed(self, params: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-        """Return parameters with this rank's blocks in place of those that were split."""
+        """Return parameters with this rank's blocks in place of those that were split, which are not kept for it."""
 
     def parts(self, name: str) -> Sequence[str]:
         """Return the names of all blocks of what was the parameter ``name``; the name itself where it is whole.
@@ -45,16 +41,31 @@ class SplitModel(Protocol):
         """Return what was the parameter ``name`` from all of its :meth:`parts`."""
 
 
+class PlannedSplit(Protocol):
+    """A model, or a stage of one, that can be split and is as it was."""
+
+    @property
+    def unmatched(self) -> Sequence[str]:
+        """Patterns of names that no module matches."""
+
+    @property
+    def layers(self) -> Sequence[str]:
+        """Names that patterns can be for."""
+
+    def split(self) -> SplitModel:
+        """Split it, in place; all ranks call it. Its parameters get the first rank's values."""
+
+
 class Splitter(Protocol):
     """Plays the role ``ds.tensor``, over the ranks it was built for."""
 
-    def split(self, module: nn.Module, *, keep: Collection[str] = ()) -> SplitModel:
-        """Split a model, or a stage of one, in place; all ranks call it. Its parameters get the first rank's values.
+    def plan(self, module: nn.Module, *, keep: Collection[str] = ()) -> PlannedSplit:
+        """Check that a model, or a stage of one, can be split. Changes nothing, and does not communicate.
 
         Args:
             module: It, in memory.
             keep: Names of parameters that other stages use, too, and that have to stay whole.
         """
 
-    def no_match(self, patterns: Collection[str], module: nn.Module) -> str:
-        """Return what to say about patterns that match nothing in the whole model."""
+    def no_match(self, patterns: Sequence[str], layers: Sequence[str]) -> str:
+        """Return what to say about patterns that match nothing in a whole model, which has ``layers``."""

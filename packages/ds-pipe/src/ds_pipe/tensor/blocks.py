@@ -5,16 +5,20 @@ A parameter is cut along one dimension into V blocks, equally large, by the *cut
 of the matrices that lie one behind the other in it (one, or three in a fused projection of queries, keys and values).
 Block b has the b-th of V equal parts of every section. It is an ordinary parameter, and its name has the number that
 it has among all blocks, ``weight_2``: so ranks that have other blocks have parameters of other names, as stages of a
-pipeline do, and whatever keeps state by name does not care how many ranks there are.
+pipeline do, and whatever keeps state by name does not care how many ranks there are. What was cut is not kept: a
+layer that has its blocks knows its :class:`Share`, and what was made of a parameter is known as long as somebody else
+has that parameter.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .sums import Ranks
 
@@ -52,8 +56,31 @@ class Cut(NamedTuple):
         return torch.cat([part[section] for section in range(len(sizes)) for part in parts], self.dim)
 
 
+@dataclass(frozen=True, slots=True)
+class Share:
+    """Which blocks of each layer a rank has.
+
+    Example:
+        >>> Share(4, range(2, 4), Ranks()).names("weight")
+        ['weight_2', 'weight_3']
+    """
+
+    num_blocks: int  # of a layer
+    indices: range  # of this rank's
+    ranks: Ranks
+
+    @property
+    def count(self) -> int:
+        """Number of this rank's blocks."""
+        return len(self.indices)
+
+    def names(self, attribute: str) -> list[str]:
+        """Return what this rank's blocks of an attribute are called."""
+        return [block_name(attribute, index) for index in self.indices]
+
+
 class Blocks:
-    """Cuts the parameters of one model, and keeps this rank's blocks.
+    """Cuts the parameters of one model into this rank's blocks; see [Note: Blocks].
 
     Args:
         num_blocks: V of [Note: Tree over blocks].
@@ -75,12 +102,11 @@ class Blocks:
             raise ValueError(
                 f"{ranks.size} tensor-parallel ranks do not divide {num_blocks} blocks: take more blocks or fewer ranks"
             )
-        self.num_blocks = num_blocks
-        self.ranks = ranks
-        self.count = num_blocks // ranks.size  # of this rank
-        self.indices = range(ranks.rank * self.count, (ranks.rank + 1) * self.count)
-        self.made: dict[nn.Parameter, list[nn.Parameter]] = {}  # blocks of this rank, by what they were cut from
-        self.cuts: dict[nn.Parameter, Cut] = {}
+        count = num_blocks // ranks.size
+        self.share = Share(num_blocks, range(ranks.rank * count, (ranks.rank + 1) * count), ranks)
+        # by what they were cut from, which these do not keep alive
+        self.made: MutableMapping[nn.Parameter, list[nn.Parameter]] = WeakTensorKeyDictionary()
+        self.cuts: MutableMapping[nn.Parameter, Cut] = WeakTensorKeyDictionary()
 
     def of(self, param: nn.Parameter, cut: Cut, name: str) -> list[nn.Parameter]:
         """Return this rank's blocks of ``param``, the same ones whenever it is asked for.
@@ -93,6 +119,17 @@ class Blocks:
         Raises:
             ValueError: It does not come out even, or the parameter is tied to another one that is cut otherwise.
         """
+        self.claim(param, cut, name)
+        if param not in self.made:
+            self.check(cut, name)
+            self.made[param] = [
+                nn.Parameter(cut.block(param.detach(), index, self.share.num_blocks), requires_grad=param.requires_grad)
+                for index in self.share.indices
+            ]
+        return self.made[param]
+
+    def claim(self, param: nn.Parameter, cut: Cut, name: str) -> None:
+        """Say how ``param`` will be cut; raise if it is tied to another one that will be cut otherwise."""
         known = self.cuts.setdefault(param, cut)
         if known != cut:
             raise ValueError(
@@ -100,28 +137,18 @@ class Blocks:
                 f"{list(known.sections)}; got dimension {cut.dim} and sections {list(cut.sections)}: split both alike, "
                 "or neither"
             )
-        if param not in self.made:
-            self.check(cut, name)
-            self.made[param] = [
-                nn.Parameter(cut.block(param.detach(), index, self.num_blocks), requires_grad=param.requires_grad)
-                for index in self.indices
-            ]
-        return self.made[param]
 
     def check(self, cut: Cut, name: str, together: int = 1) -> None:
         """Raise unless each section comes to V equal parts of whole runs of ``together`` elements."""
+        num_blocks = self.share.num_blocks
         for size in cut.sections:
-            if size % (self.num_blocks * together):
+            if size % (num_blocks * together):
                 each = f" of {together} each" if together > 1 else ""
                 what = f"{size // together} heads" if together > 1 else f"{size} elements in dimension {cut.dim}"
                 raise ValueError(
-                    f"{name}: {what}{each} cannot be cut into {self.num_blocks} equal blocks: take fewer blocks, or "
+                    f"{name}: {what}{each} cannot be cut into {num_blocks} equal blocks: take fewer blocks, or "
                     "leave the layer whole (partition_type 'skip')"
                 )
-
-    def names(self, attribute: str) -> list[str]:
-        """Return what this rank's blocks of an attribute are called."""
-        return [block_name(attribute, index) for index in self.indices]
 
 
 def block_name(attribute: str, index: int) -> str:

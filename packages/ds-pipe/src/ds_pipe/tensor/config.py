@@ -15,7 +15,9 @@ class PartitionConfig:
     """Which layers are split, by name."""
 
     use_default_specs: bool = True
-    """Whether layers that no rule of ``layer_specs`` matches are split where they are named as in Llama."""
+    """Whether layers that no rule of ``layer_specs`` matches are split where they are named as in Llama. Without it,
+    the rules are those of ``layer_specs``, of ``preset_model`` and of ``vocab_parallel_lm_head``, and there has to be
+    one."""
     layer_specs: tuple[Rule, ...] = ()
     """Rules; the first one that matches a layer counts. Each of their patterns has to match something."""
 
@@ -30,7 +32,8 @@ class TensorConfig:
     """Blocks that a layer consists of, a power of two; None: one for each rank. More of them allow going on with more
     ranks later: results and checkpoints depend on this number, and not on the number of ranks."""
     preset_model: str | None = None
-    """Family of models whose layers are split; None: those of ``partition_config``, or where it has none, ``llama``."""
+    """Family of models whose layers are split; None: those of ``partition_config``, or where it has no rule and does
+    not say otherwise, ``llama``."""
     partition_config: PartitionConfig = field(default_factory=PartitionConfig)
     """Rules by name."""
     vocab_parallel_lm_head: bool = False
@@ -47,6 +50,11 @@ class TensorConfig:
             raise ValueError(f"{self.autotp_size} ranks (autotp_size) do not divide blocks = {self.blocks}")
         if self.preset_model is not None and self.preset_model.lower() not in PRESETS:
             preset(self.preset_model)  # raises
+        if not self.plan().rules:
+            raise ValueError(
+                "no rule says what to split, and use_default_specs is false: give partition_config.layer_specs, "
+                "preset_model or vocab_parallel_lm_head"
+            )
 
     @property
     def num_blocks(self) -> int:
@@ -60,9 +68,9 @@ class TensorConfig:
             >>> len(TensorConfig(autotp_size=2, vocab_parallel_lm_head=True).plan().rules)
             6
         """
-        said = self.partition_config.layer_specs
+        said, by_default = self.partition_config.layer_specs, self.partition_config.use_default_specs
         vocabulary = VOCABULARY if self.vocab_parallel_lm_head else ()
-        named = self.preset_model or (None if said else _DEFAULT)
+        named = self.preset_model or (_DEFAULT if by_default and not said else None)
         rules = (*said, *(() if named is None else preset(named).rules), *vocabulary)
-        defaults = PRESETS[_DEFAULT] if named is None and self.partition_config.use_default_specs else ()
+        defaults = PRESETS[_DEFAULT] if by_default and named is None else ()
         return Plan(rules=rules, counts=self.counts, defaults=defaults)

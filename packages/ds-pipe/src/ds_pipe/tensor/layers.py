@@ -12,13 +12,14 @@ copies: their gradients are added up block by block, and cross the ranks as one 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from .blocks import Blocks, Cut
+from .blocks import Blocks, Cut, Share
 from .functions import copies, gathered, pieces, together, total
 
 
@@ -26,12 +27,12 @@ class Entrance:
     """Where tensors enter a split region; see [Note: Split regions].
 
     Args:
-        blocks: Of the model.
+        share: Of this rank.
         parent: Within whose calls column layers share copies.
     """
 
-    def __init__(self, blocks: Blocks, parent: nn.Module) -> None:
-        self._blocks = blocks
+    def __init__(self, share: Share, parent: nn.Module) -> None:
+        self._share = share
         self._depth = 0
         self._given: Tensor | None = None
         self._copies: tuple[Tensor, ...] = ()
@@ -42,7 +43,7 @@ class Entrance:
         """Return ``value`` once for each block of this rank."""
         if self._given is value:
             return self._copies
-        found = copies(value, self._blocks.count, self._blocks.ranks)
+        found = copies(value, self._share.count, self._share.ranks)
         if self._depth and torch.is_grad_enabled():
             self._given, self._copies = value, found
         return found
@@ -58,26 +59,39 @@ class Entrance:
 class _Layer(nn.Module):
     """A layer some of whose parameters are blocks."""
 
-    def __init__(self, blocks: Blocks) -> None:
+    def __init__(self, share: Share) -> None:
         super().__init__()
-        self._blocks = blocks
+        self._share = share
         self._held: dict[str, list[str]] = {}  # names of this rank's blocks, by attribute
 
-    def _cut(self, attribute: str, layer: nn.Module, cut: Cut, name: str) -> None:
+    def _hold(self, layer: nn.Module, attribute: str, cut: Cut, blocks: Blocks, name: str) -> None:
         """Register this rank's blocks of a parameter of ``layer``, if it has it."""
         param = layer._parameters[attribute]
-        self._held[attribute] = [] if param is None else self._blocks.names(attribute)
+        self._held[attribute] = [] if param is None else self._share.names(attribute)
         if param is not None:
-            for called, block in zip(self._held[attribute], self._blocks.of(param, cut, f"{name}.{attribute}")):
+            made = blocks.of(param, cut, f"{name}.{attribute}")
+            for called, block in zip(self._held[attribute], made, strict=True):
                 self.register_parameter(called, block)
 
     def _own(self, attribute: str) -> list[Tensor | None]:
         """Return this rank's blocks; None for each where there is no such parameter."""
         names = self._held[attribute]
-        return [getattr(self, name) for name in names] if names else [None] * self._blocks.count
+        return [getattr(self, name) for name in names] if names else [None] * self._share.count
 
 
-class ColumnParallelLinear(_Layer):
+class _Linear(_Layer):
+    """What linear layers have in common."""
+
+    def __init__(self, linear: nn.Linear, share: Share) -> None:
+        super().__init__(share)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+
+    def extra_repr(self) -> str:
+        """Return the sizes of the whole layer."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, blocks={self._share.num_blocks}"
+
+
+class ColumnParallelLinear(_Linear):
     """A linear layer whose outputs are split.
 
     Maps ``(..., in)`` to ``(..., out / T)``, this rank's blocks of the outputs; with ``gather_output``, to all of them.
@@ -115,35 +129,30 @@ class ColumnParallelLinear(_Layer):
         entrance: Entrance | None = None,
         name: str = "linear",
     ) -> None:
-        super().__init__(blocks)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear, blocks.share)
         cut = Cut(0, sections or (linear.out_features,))
-        if gather_output and len(cut.sections) > 1:
-            raise ValueError(f"{name}: outputs of {len(cut.sections)} sections are not gathered; got gather_output")
-        self._sizes = [size // blocks.num_blocks for size in cut.sections]
+        if gather_output:
+            check_gathered(cut.sections, name)
+        self._sizes = [size // blocks.share.num_blocks for size in cut.sections]
         self._gathers = gather_output
         self._entrance = entrance
-        self._cut("weight", linear, cut, name)
-        self._cut("bias", linear, cut, name)
+        self._hold(linear, "weight", cut, blocks, name)
+        self._hold(linear, "bias", cut, blocks, name)
 
     def forward(self, value: Tensor) -> Tensor:
         """Return this rank's outputs, or all."""
-        blocks = self._blocks
+        share = self._share
         if self._entrance is None:
-            given = copies(value, blocks.count, blocks.ranks)
+            given = copies(value, share.count, share.ranks)
         else:
             given = self._entrance.copies(value)
         weights, biases = self._own("weight"), self._own("bias")
         parts = [functional.linear(*each) for each in zip(given, weights, biases, strict=True)]  # type: ignore[arg-type]  # weights are there
         out = together(parts, self._sizes)
-        return gathered(out, blocks.ranks) if self._gathers else out
-
-    def extra_repr(self) -> str:
-        """Return the sizes of the whole layer."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, blocks={self._blocks.num_blocks}"
+        return gathered(out, share.ranks) if self._gathers else out
 
 
-class RowParallelLinear(_Layer):
+class RowParallelLinear(_Linear):
     """A linear layer whose inputs are split.
 
     Maps ``(..., in / T)``, this rank's blocks of the inputs, to ``(..., out)``, the sum over all blocks, and the bias.
@@ -171,28 +180,23 @@ class RowParallelLinear(_Layer):
     bias: nn.Parameter | None
 
     def __init__(self, linear: nn.Linear, blocks: Blocks, *, name: str = "linear") -> None:
-        super().__init__(blocks)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
+        super().__init__(linear, blocks.share)
         self.register_parameter("bias", linear._parameters["bias"])
-        self._cut("weight", linear, Cut(1, (linear.in_features,)), name)
+        self._hold(linear, "weight", Cut(1, (linear.in_features,)), blocks, name)
 
     def forward(self, value: Tensor) -> Tensor:
         """Return all outputs, the same on all ranks."""
-        blocks = self._blocks
-        width = self.in_features // blocks.ranks.size
+        share = self._share
+        width = self.in_features // share.ranks.size
         if value.shape[-1] != width:
             raise ValueError(
                 f"a row layer takes this rank's {width} of {self.in_features} inputs; got {list(value.shape)}: the "
                 "layers before it have to be split by column, and their outputs not gathered"
             )
-        given = pieces(value, blocks.count)
+        given = pieces(value, share.count)
         parts = [functional.linear(*each) for each in zip(given, self._own("weight"), strict=True)]  # type: ignore[arg-type]  # weights are there
-        out = total(parts, blocks.ranks)
+        out = total(parts, share.ranks)
         return out if self.bias is None else out + self.bias
-
-    def extra_repr(self) -> str:
-        """Return the sizes of the whole layer."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, blocks={self._blocks.num_blocks}"
 
 
 class VocabParallelEmbedding(_Layer):
@@ -211,6 +215,7 @@ class VocabParallelEmbedding(_Layer):
         ValueError: The rows cannot be cut.
         NotImplementedError: The embedding renormalises rows, scales gradients by frequency or has sparse ones, all of
             which need the whole table.
+        IndexError: In ``forward``, on CPU: an id has no row on any rank. On a GPU an assertion of torch's fails.
 
     Example:
         >>> from .sums import Ranks
@@ -224,37 +229,39 @@ class VocabParallelEmbedding(_Layer):
     """
 
     def __init__(self, embedding: nn.Embedding, blocks: Blocks, *, name: str = "embedding") -> None:
-        super().__init__(blocks)
-        settings = {
-            "max_norm": embedding.max_norm,
-            "scale_grad_by_freq": embedding.scale_grad_by_freq,
-            "sparse": embedding.sparse,
-        }
-        for setting, value in settings.items():
-            if value:
-                raise NotImplementedError(
-                    f"{name}: {setting}={value!r} needs the whole table: leave the embedding whole, or the setting out"
-                )
+        super().__init__(blocks.share)
+        check_table(embedding, name)
         self.num_embeddings, self.embedding_dim = embedding.num_embeddings, embedding.embedding_dim
         self.padding_idx = embedding.padding_idx
-        self._rows = embedding.num_embeddings // blocks.num_blocks
-        self._cut("weight", embedding, Cut(0, (embedding.num_embeddings,)), name)
+        self._rows = embedding.num_embeddings // blocks.share.num_blocks
+        self._hold(embedding, "weight", Cut(0, (embedding.num_embeddings,)), blocks, name)
 
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows."""
-        blocks, parts = self._blocks, []
-        for index, weight in zip(blocks.indices, self._own("weight"), strict=True):
+        share, parts = self._share, []
+        # of an id that no block has, each looks up a row that it has not, and torch refuses as for a whole table
+        elsewhere = torch.where((ids >= 0) & (ids < self.num_embeddings), 0, self._rows)
+        for index, weight in zip(share.indices, self._own("weight"), strict=True):
             local = ids - index * self._rows
             inside = (local >= 0) & (local < self._rows)
-            rows = functional.embedding(local.where(inside, 0), weight)  # type: ignore[arg-type]  # weights are there
+            rows = self._looked_up(ids, local.where(inside, elsewhere), weight)
             if self.padding_idx is not None:  # that row has values, and no gradient
                 rows = rows.where((ids != self.padding_idx).unsqueeze(-1), rows.detach())
             parts.append(rows.where(inside.unsqueeze(-1), 0.0))
-        return total(parts, blocks.ranks)
+        return total(parts, share.ranks)
 
     def extra_repr(self) -> str:
         """Return the sizes of the whole table."""
-        return f"{self.num_embeddings}, {self.embedding_dim}, blocks={self._blocks.num_blocks}"
+        return f"{self.num_embeddings}, {self.embedding_dim}, blocks={self._share.num_blocks}"
+
+    def _looked_up(self, ids: Tensor, local: Tensor, weight: Tensor | None) -> Tensor:
+        try:
+            return functional.embedding(local, weight)  # type: ignore[arg-type]  # weights are there
+        except IndexError:
+            raise IndexError(
+                f"ids are from 0 to {self.num_embeddings - 1}, the rows of the table; got from {int(ids.min())} to "
+                f"{int(ids.max())}"
+            ) from None
 
 
 class BlockDropout(nn.Module):
@@ -278,7 +285,7 @@ class BlockDropout(nn.Module):
         super().__init__()
         self.p = p
         self._dim = dim
-        self._blocks = blocks
+        self._share = blocks.share
 
     def forward(self, value: Tensor) -> Tensor:
         """Drop elements of this rank's blocks."""
@@ -287,9 +294,29 @@ class BlockDropout(nn.Module):
         seed = int(torch.randint(2**62, ()))
         generator = torch.Generator(value.device)
         keeps = []
-        for index, block in zip(self._blocks.indices, value.chunk(self._blocks.count, self._dim), strict=True):
+        for index, block in zip(self._share.indices, value.chunk(self._share.count, self._dim), strict=True):
             # odd factors keep neighbours apart: a generator mixes its seed itself
             generator.manual_seed((seed + index * 0x9E3779B97F4A7C15) % 2**63)
             keeps.append(torch.rand(block.shape, generator=generator, device=value.device) >= self.p)
         keep = torch.cat(keeps, self._dim)
         return value * keep * (0.0 if self.p == 1 else 1 / (1 - self.p))
+
+
+def check_gathered(sections: Sequence[int], name: str) -> None:
+    """Refuse to gather outputs of several sections, which would come in the order of ranks."""
+    if len(sections) > 1:
+        raise ValueError(f"{name}: outputs of {len(sections)} sections are not gathered; got gather_output")
+
+
+def check_table(embedding: nn.Embedding, name: str) -> None:
+    """Refuse an embedding that needs its whole table."""
+    settings = {
+        "max_norm": embedding.max_norm,
+        "scale_grad_by_freq": embedding.scale_grad_by_freq,
+        "sparse": embedding.sparse,
+    }
+    for setting, value in settings.items():
+        if value:
+            raise NotImplementedError(
+                f"{name}: {setting}={value!r} needs the whole table: leave the embedding whole, or the setting out"
+            )

@@ -29,8 +29,8 @@ class Rule:
     gather_output: bool = False
     """Whether all ranks get all outputs of a column layer."""
     together: int | None = None
-    """Rows (of a row layer, columns) that stay in one block, such as those of a head; None: ``head_dim`` of the module
-    that the layer belongs to, where it has such an attribute."""
+    """Rows (of a row layer, columns) that stay in one block, such as those of a head; None: the first of
+    :data:`HEAD_SIZES` that the module that the layer belongs to has as a number; 1 where it has none."""
 
     def __post_init__(self) -> None:
         if not self.patterns:
@@ -50,7 +50,7 @@ class Rule:
             >>> Rule(patterns=(r".*\.fc1\.weight$",)).matches("block.0.fc1")
             True
         """
-        return any(re.match(pattern, each) for pattern in self.patterns for each in (name, f"{name}.weight"))
+        return any(_matches(pattern, name) for pattern in self.patterns)
 
     def sections(self, rows: int) -> tuple[int, ...]:
         """Return the sizes of the matrices that a layer with so many rows consists of.
@@ -93,6 +93,9 @@ def _llama_like(rest: str, attention: str = "self_attn") -> tuple[Rule, ...]:
     )
 
 
+HEAD_SIZES: Sequence[str] = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_head", "d_kv")
+"""Attributes in which attention layers, those of Hugging Face among them, have the size of a head."""
+
 PRESETS: Mapping[str, tuple[Rule, ...]] = dict.fromkeys(
     ("llama", "mistral", "qwen2", "gemma", "gemma2", "olmo"), _llama_like("gate_proj|up_proj")
 )
@@ -127,8 +130,9 @@ def preset(name: str, *, vocabulary: bool = False) -> Plan:
 def unmatched(rules: Sequence[Rule], names: Sequence[str]) -> list[str]:
     """Return the patterns that match none of ``names``."""
     return [
-        pattern
-        for rule in rules
-        for pattern in rule.patterns
-        if not any(re.match(pattern, each) for name in names for each in (name, f"{name}.weight"))
+        pattern for rule in rules for pattern in rule.patterns if not any(_matches(pattern, name) for name in names)
     ]
+
+
+def _matches(pattern: str, name: str) -> bool:
+    return any(re.match(pattern, each) for each in (name, f"{name}.weight"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -10,7 +10,8 @@ from torch import nn
 
 from .blocks import Blocks
 from .config import TensorConfig
-from .splitting import Split, no_match, split_part
+from .planning import no_match
+from .splitting import PlannedSplit
 from .sums import Ranks
 
 if TYPE_CHECKING:
@@ -35,13 +36,13 @@ class BlockSplitter:
         if self._ranks.size != config.autotp_size:
             raise ValueError(f"autotp_size = {config.autotp_size} ranks are needed; got a group of {self._ranks.size}")
 
-    def split(self, module: nn.Module, *, keep: Collection[str] = ()) -> Split:
-        """Split a model, or a part of one, in place; see :func:`ds_pipe.tensor.split`."""
-        return split_part(module, self._plan, Blocks(self._num_blocks, self._ranks), keep=keep)
+    def plan(self, module: nn.Module, *, keep: Collection[str] = ()) -> PlannedSplit:
+        """Return how a model, or a part of one, will be split; see :func:`ds_pipe.tensor.split`."""
+        return PlannedSplit(module, self._plan, Blocks(self._num_blocks, self._ranks), keep=keep)
 
-    def no_match(self, patterns: Collection[str], module: nn.Module) -> str:
-        """Return what to say about patterns that match nothing in the whole model."""
-        return no_match(sorted(patterns), module)
+    def no_match(self, patterns: Sequence[str], layers: Sequence[str]) -> str:
+        """Return what to say about patterns that match nothing in a model that has ``layers``."""
+        return no_match(patterns, layers)
 
 
 class _Plugin:
