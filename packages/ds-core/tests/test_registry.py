@@ -105,6 +105,13 @@ def test_another_role_version_names_both(install):
     assert f"this ds-core speaks version {ROLE_VERSIONS['ds.store']}" in str(caught.value)
 
 
+@pytest.mark.parametrize("group", ["ds.partitioner", "ds.pipeline"])
+def test_a_role_that_has_grown_refuses_plugins_of_before(install, group):
+    install("acme-parts", group=group, name="old")
+    with pytest.raises(PluginError, match="speaks version 1 of its role, this ds-core speaks version 2"):
+        load(group, "old")
+
+
 @pytest.mark.parametrize(
     ("source", "cause"),
     [

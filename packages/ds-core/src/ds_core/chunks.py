@@ -83,6 +83,11 @@ class Chunks:
     # Before training #
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether a stage of this rank has anything to compile, or to run in another way."""
+        return any(chunk.has_blocks for chunk in self._chunks.values())
+
+    @property
     def is_compiled(self) -> bool:
         """Whether :meth:`compile` was called."""
         return self._is_compiled
@@ -96,16 +101,14 @@ class Chunks:
         """
         if self._is_compiled:
             raise RuntimeError("the model is compiled already: compile it once, with all settings")
-        refused = {}
-        for stage, chunk in self._chunks.items():
-            try:
+        if not any(everybody(self._control, self.has_blocks)):
+            raise ValueError(
+                "no stage has anything to compile: none has a block; name the classes of the model's blocks in "
+                "unit_classes"
+            )
+        for chunk in self._chunks.values():
+            if chunk.has_blocks:
                 chunk.compile(**settings)
-            except ValueError as error:
-                refused[str(stage)] = str(error)
-        found = everybody(self._control, [len(refused) < len(self._chunks), refused])
-        if not any(compiled for compiled, _ in found):
-            whys = {why for _, each in found for why in each.values()}
-            raise ValueError(f"no stage has anything to compile: {'; '.join(sorted(whys))}")
         self._is_compiled = True
 
     def wrap_blocks(self, call: BlockCall) -> None:

@@ -44,8 +44,8 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 }
 """Entry-point groups, each with the wheels of ours that offer plugins of it."""
 
-ROLE_VERSIONS = dict.fromkeys(GROUPS, 1)
-"""The version of each role that this ds-core speaks."""
+ROLE_VERSIONS: Mapping[str, int] = {**dict.fromkeys(GROUPS, 1), "ds.partitioner": 2, "ds.pipeline": 2}
+"""The version of each role that this ds-core speaks: one more whenever what an object has to offer grows or changes."""
 
 
 # Plugins #
@@ -322,6 +322,10 @@ class Sharded(Protocol):
         """All parameters and buffers as the model computes with them."""
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether there is a block, without which :meth:`compile` and :meth:`wrap_blocks` raise."""
+
+    @property
     def is_compiled(self) -> bool:
         """Whether :meth:`compile` was called."""
 
@@ -384,8 +388,7 @@ class Partitioner(Protocol):
             model: It.
             maker: Makes the optimizer; None: nothing is trained.
             groups: Which parameters are trained, with which settings.
-            separate: Parameters whose squares stand apart in ``GradNorm.squares``, one sum for each number. Given only
-                where there are any.
+            separate: Parameters whose squares stand apart in ``GradNorm.squares``, one sum for each number.
         """
 
 

@@ -67,6 +67,11 @@ class SplitSharded:
     # Before training #
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether there is anything to compile, or to run in another way."""
+        return self._inner.has_blocks
+
+    @property
     def is_compiled(self) -> bool:
         """Whether :meth:`compile` was called."""
         return self._inner.is_compiled
@@ -108,12 +113,12 @@ class SplitSharded:
         common = [square for square, part in pairs if part is None]
         separate = [square for square, part in pairs if part is not None]
         found = [_Row(*row) for row in everybody(self._control, [common, separate, norm.culprit])]
-        total = math.fsum([*common, *(square for row in found for square in row.separate)])
-        culprit = next((row.culprit for row in found if row.culprit is not None), None)
-        if math.isfinite(total):
-            _check_common(found)
-        value = math.sqrt(total) * norm.scale if math.isfinite(total) else total
+        # from here on nothing is this rank's own: what is decided by the norm is decided alike on all ranks
+        _check_common(found)
         squares = (*found[0].common, *(square for row in found for square in row.separate))
+        total = math.fsum(squares)
+        culprit = next((row.culprit for row in found if row.culprit is not None), None)
+        value = math.sqrt(total) * norm.scale if math.isfinite(total) else total
         return JoinedNorm(value, culprit, squares, (None,) * len(squares), norm.scale)
 
     @property
@@ -151,7 +156,8 @@ class _Row(NamedTuple):
 
 
 def _check_common(found: Sequence[_Row]) -> None:
-    others = [rank for rank, row in enumerate(found) if row.common != found[0].common]
+    # as text: one not-a-number is as good as another
+    others = [rank for rank, row in enumerate(found) if [*map(repr, row.common)] != [*map(repr, found[0].common)]]
     if others:
         raise RuntimeError(
             f"gradients of parameters that all tensor-parallel ranks have are other ones on ranks {others} than on "

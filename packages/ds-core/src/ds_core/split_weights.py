@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -67,15 +68,17 @@ class SplitWeights:
         """
         wanted = self._wanted(frozen=frozen)
         aliases = {further: whole.names[0] for whole in wanted for further in whole.names[1:]}
-        file = WeightFile(Path(folder), name, [whole.planned for whole in wanted], aliases)
-        error = file.begin() if self._writes else None
-        self._agree(error)
-        for values in self._values(wanted):
-            if self._writes and values is not None and error is None:
-                error = file.write(values)  # after an error the others still give their parts
-        if self._writes and error is None:
-            error = file.finish()
-        self._agree(error)
+        first = _First()
+        with WeightFile(Path(folder), name, [whole.planned for whole in wanted], aliases) as file:
+            if self._writes:
+                first.error_of(file.begin)
+            self._agree(first.error)
+            for values in self._values(wanted):
+                if self._writes and values is not None:
+                    first.error_of(partial(file.write, values))  # after an error the others still give their parts
+            if self._writes:
+                first.error_of(file.finish)
+        self._agree(first.error)
         return {whole.names[0]: whole.planned.nbytes for whole in wanted}
 
     def state_dict(self, *, frozen: bool = True) -> dict[str, Tensor]:
@@ -140,6 +143,21 @@ class SplitWeights:
                 dist.recv(value, group=self._group, group_src=rank)
                 found.append(value)
         return found
+
+
+class _First:
+    """Runs what may fail on this rank alone, until something does; the others go on until all are told."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+
+    def error_of(self, action: Callable[[], None]) -> None:
+        """Run ``action``, unless there is an error already, and keep its error."""
+        if self.error is None:
+            try:
+                action()
+            except Exception as error:  # noqa: BLE001 - raised on all ranks by whoever runs it
+                self.error = error
 
 
 def _persistent(module: nn.Module) -> dict[str, Tensor]:

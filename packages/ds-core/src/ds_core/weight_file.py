@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -30,7 +31,7 @@ class Planned(NamedTuple):
 
 
 class WeightFile:
-    """Writes tensors one after the other; what fails in writing is returned, not raised.
+    """Writes tensors one after the other, within ``with``: however that is left, an unfinished file is removed.
 
     Args:
         folder: Created where it does not exist.
@@ -43,11 +44,13 @@ class WeightFile:
 
     Example:
         >>> import tempfile
+        >>> planned = Planned("w", torch.float32, torch.Size([2]))
         >>> with tempfile.TemporaryDirectory() as path:
-        ...     file = WeightFile(Path(path), "a.safetensors", [Planned("w", torch.float32, torch.Size([2]))], {})
-        ...     [file.begin(), file.write(torch.ones(2)), file.finish()]
+        ...     with WeightFile(Path(path), "a.safetensors", [planned], {}) as file:
+        ...         file.begin()
+        ...         file.write(torch.ones(2))
+        ...         file.finish()
         ...     [each.name for each in Path(path).iterdir()]
-        [None, None, None]
         ['a.safetensors']
     """
 
@@ -62,47 +65,46 @@ class WeightFile:
         self._draft = folder / f".{name}.tmp"
         self._tensors = iter(tensors)
         self._header = _header(tensors, aliases)
-        self._file: BinaryIO | None = None
+        self._file: BinaryIO | None = None  # the draft, once begun
 
-    def begin(self) -> Exception | None:
-        """Make the folder, and make sure that nothing would be overwritten."""
-        try:
-            if self._path.exists():
-                return ValueError(f"{self._path} exists already: give another folder or name, or remove it")
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = self._draft.open("wb")
-            self._file.write(self._header)
-        except Exception as error:  # noqa: BLE001 - returned
-            return self._failed(error)
-        return None
+    def __enter__(self) -> WeightFile:
+        """Return itself; nothing is there before :meth:`begin`."""
+        return self
 
-    def write(self, values: Tensor) -> Exception | None:
-        """Write the next tensor, converted to its planned data type."""
-        try:
-            stored = values.to("cpu", next(self._tensors).dtype).contiguous()  # it outlives the view of its bytes
-            if self._file is not None and stored.numel():
-                self._file.write(byte_view(stored))
-        except Exception as error:  # noqa: BLE001 - returned
-            return self._failed(error)
-        return None
-
-    def finish(self) -> Exception | None:
-        """Give the file its name."""
-        try:
-            if self._file is not None:
-                self._file.flush()
-                os.fsync(self._file.fileno())
-                self._file.close()
-            self._draft.rename(self._path)
-        except Exception as error:  # noqa: BLE001 - returned
-            return self._failed(error)
-        return None
-
-    def _failed(self, error: Exception) -> Exception:
+    def __exit__(self, *_: object) -> None:
+        """Remove what was begun and not finished."""
         if self._file is not None:
-            self._file.close()
-        self._draft.unlink(missing_ok=True)
-        return error
+            with suppress(OSError):  # a full disk, once more: nobody needs what is not written yet
+                self._file.close()
+            self._draft.unlink(missing_ok=True)
+
+    def begin(self) -> None:
+        """Make the folder, and make sure that nothing would be overwritten."""
+        if self._path.exists():
+            raise ValueError(f"{self._path} exists already: give another folder or name, or remove it")
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = self._draft.open("wb")
+        self._file.write(self._header)
+
+    def write(self, values: Tensor) -> None:
+        """Write the next tensor, converted to its planned data type."""
+        stored = values.to("cpu", next(self._tensors).dtype).contiguous()  # it outlives the view of its bytes
+        if stored.numel():
+            self._begun().write(byte_view(stored))
+
+    def finish(self) -> None:
+        """Give the file its name."""
+        file = self._begun()
+        file.flush()
+        os.fsync(file.fileno())
+        file.close()
+        self._draft.rename(self._path)
+        self._file = None
+
+    def _begun(self) -> BinaryIO:
+        if self._file is None:
+            raise RuntimeError(f"{self._path} is not begun, or finished: call begin() first, and finish() last")
+        return self._file
 
 
 def _header(tensors: Sequence[Planned], aliases: Mapping[str, str]) -> bytes:

@@ -211,10 +211,10 @@ class PipePlugin:
         >>> from .build import make_schedule
         >>> plugin = PipePlugin(lambda ranks, count: make_schedule("gpipe", num_ranks=ranks, num_micro_batches=count))
         >>> plugin.role_version
-        1
+        2
     """
 
-    role_version = 1
+    role_version = 2
     config_type = PipeConfig
 
     def __init__(self, make: MakeSchedule | None = None) -> None:

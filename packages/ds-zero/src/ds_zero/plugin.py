@@ -58,7 +58,7 @@ class ZeroPartitioner:
 class _Plugin:
     """See [Note: Plugins] in ds-core."""
 
-    role_version = 1
+    role_version = 2
     config_type = ZeroConfig
 
     def build(self, config: ZeroConfig, context: BuildContext) -> ZeroPartitioner:

@@ -134,6 +134,11 @@ class Sharded:
             self._reads.watch_apart(self.module, self._blocks.modules)
 
     @property
+    def has_blocks(self) -> bool:
+        """Whether a unit is a block, as :meth:`compile` and :meth:`wrap_blocks` need one."""
+        return bool(self._blocks.modules)
+
+    @property
     def is_compiled(self) -> bool:
         """Whether :meth:`compile` was called."""
         return self._blocks.is_compiled
