@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from .codec import Codec
 
 _ALIGNMENT = 16  # bytes: messages to different ranks begin at multiples of it
-_CHUNK = 1 << 20  # elements: a millisecond's coding, and at 100 Mbit/s a few milliseconds' bytes
+_CHUNK = 1 << 20  # elements: two milliseconds' coding, and at 100 Mbit/s a few milliseconds' bytes
 _SLICE = 1 << 14  # elements of a chunk for each rank, at least
 
 
