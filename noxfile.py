@@ -167,6 +167,7 @@ def bench(session: nox.Session) -> None:
         "state": ["-m", "benchmarks.optimizer_state"],
         "convergence": ["-m", "benchmarks.convergence"],
         "large": ["-m", "benchmarks.large"],
+        "codes": ["packages/ds-comm/benchmarks/codecs.py"],
         "slow-link": ["benchmarks/slow_link.py"],
     }
     if name not in programs:
