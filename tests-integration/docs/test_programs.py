@@ -74,7 +74,12 @@ def run(folder: Path, source: str, command: list[str]) -> None:
         ("docs/scale.md", 1, "", "assert sent['all_gather'] == 14 * sent['reduce_scatter'] // 8"),
         ("docs/slow-links.md", 1, "", "assert loss < 0.5 and sent == 0 and state['param_groups'][0]['step'] == 80"),
         ("docs/pipelines.md", 1, "", "assert engine.global_steps == 2 and loss < 6"),
-        ("docs/tensor-parallelism.md", 1, "", "assert engine.global_steps == 2"),
+        (
+            "docs/tensor-parallelism.md",
+            2,
+            "",
+            "assert engine.global_steps == 2 and len(made.parts('2.weight')) == 4",
+        ),
         ("docs/models.md", 2, "", "assert engine.global_steps == 1 and run.saved.now == 512"),
         ("docs/large-models.md", 4, "", "assert access.full_param('3.weight')[0].abs().max() == 0"),
         ("docs/checkpoints.md", 2, TRAINED, "assert client_state == {'epoch': 3} and problems == []"),
@@ -108,7 +113,7 @@ def test_the_program_for_pipelines_runs_on_two_processes(tmp_path: Path) -> None
 
 
 def test_the_program_for_tensor_parallelism_runs_on_two_processes(tmp_path: Path) -> None:
-    (source,) = programs("docs/tensor-parallelism.md")
+    source, _ = programs("docs/tensor-parallelism.md")
     checks = "assert engine.global_steps == 2 and len(list(engine.module.parameters())) == 7\n"
     run(tmp_path, source.replace('"autotp_size": 1', '"autotp_size": 2') + checks, [*DS_RUN, "--nproc", "2"])
 

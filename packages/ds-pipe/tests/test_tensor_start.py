@@ -40,7 +40,9 @@ def test_attributes_that_count_heads_are_divided() -> None:
         return model.attention.num_heads
 
     assert on_threads(4, heads) == [2] * 4
-    with pytest.raises(ValueError, match=r"attention.size is to be divided by 1 ranks"):
+    with pytest.raises(
+        ValueError, match=r"counts names 'size' of attention, which has none; its numbers are head_dim, num_heads"
+    ):
         split(Counted(), Plan(rules=LAYERS[:2], counts={"attention": ("size",)}))
 
 
@@ -97,7 +99,7 @@ REFUSED = {
         Plan(rules=(*LAYERS[1:], Rule(patterns=(".*qkv$",), shape=(3, -1), gather_output=True))),
     ),
     "count": Refused(
-        ".length is to be divided by 1 ranks: it has to be a multiple; got None",
+        "counts names 'length' of the model, which has none; its numbers are size",
         Plan(rules=LAYERS, counts={"": ("size", "length")}),
         change=lambda model: setattr(model, "size", 3),
     ),

@@ -175,8 +175,14 @@ def _counts(module: nn.Module, plan: Plan, num_ranks: int) -> list[Count]:
     for pattern, attributes in (plan.counts or {}).items():
         for name, each in module.named_modules():
             for attribute in attributes if re.fullmatch(pattern, name) else ():
-                value = vars(each).get(attribute)
-                if not isinstance(value, int) or value % num_ranks:
+                if attribute not in vars(each):
+                    numbers = [key for key, value in vars(each).items() if type(value) is int]
+                    raise ValueError(
+                        f"counts names {attribute!r} of {name or 'the model'}, which has none; its numbers are "
+                        f"{', '.join(numbers) or 'none'}"
+                    )
+                value = vars(each)[attribute]
+                if type(value) is not int or value % num_ranks:
                     raise ValueError(
                         f"{name}.{attribute} is to be divided by {num_ranks} ranks: it has to be a multiple; got "
                         f"{value!r}"
