@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -383,6 +384,39 @@ def start_badly(rank: Rank, what: str) -> str:
 def test_a_bad_start_ends_all_ranks(ranks: Pools, what: str, text: str) -> None:
     for said in ranks.run(start_badly, what, size=2):
         assert text in said
+
+
+def run_out(rank: Rank, what: str) -> tuple[str, float, float]:
+    config = Setting(ranks=2).config()
+    config["train_batch_size"], config["pipeline"] = 2 * 4, {"timeout": 60.0}
+    engine, *_ = ds_core.initialize(described(), config=config, group=rank.group)
+    pairs = [tuple(torch.stack(both) for both in zip(Sequences()[i], Sequences()[i + 1])) for i in range(0, 8, 2)]
+    broken = {"short": pairs[:3], "single": [*pairs[:3], pairs[3][0]], "raises": (pairs[i] for i in (0, 1, 2, 4))}
+    call = engine.eval_batch if what == "short evaluation" else engine.train_batch
+    given = broken[what.split()[0]] if rank.rank else pairs
+    began = time.monotonic()
+    try:
+        call(iter(given))
+    except (ValueError, IndexError, RuntimeError) as error:
+        text, seconds = f"{type(error).__name__}: {error}", time.monotonic() - began
+    return text, seconds, engine.train_batch(iter(pairs)).item()  # nothing was changed: all go on
+
+
+@pytest.mark.parametrize(
+    ("what", "text"),
+    [
+        ("short", "ValueError: a step takes 4 micro-batches on each pipeline; the data ended after 3"),
+        ("short evaluation", "ValueError: a step takes 4 micro-batches on each pipeline; the data ended after 3"),
+        ("single", "ValueError: micro-batches are pairs (inputs, targets); got Tensor"),
+        ("raises", "IndexError: list index out of range"),
+    ],
+)
+def test_data_that_fail_on_one_rank_stop_the_step_on_all(ranks: Pools, what: str, text: str) -> None:
+    other, own = ranks.run(run_out, what, size=2)
+    assert own[0] == text
+    assert other[0] == f"RankError: rank 1: {text}"
+    assert own[2] == other[2] > 0
+    assert max(own[1], other[1]) < 30  # half of what a message may take
 
 
 def train_as_planned(rank: Rank, path: str) -> Outcome:

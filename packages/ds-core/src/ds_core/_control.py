@@ -91,12 +91,10 @@ class GroupControl:
     def gather(self, obj: Json) -> list[Json] | None:
         """Return every rank's ``obj`` at rank 0, None elsewhere; rank 0 holds ``size`` times the longest."""
         message = _encode(obj)
-        nbytes = torch.tensor([len(message)], device=self._device)
-        dist.all_reduce(nbytes, dist.ReduceOp.MAX, group=self._group)
-        row = self._to_device(message.ljust(int(nbytes)))  # JSON may end with spaces
+        row = self._to_device(message.ljust(self._longest(message)))  # JSON may end with spaces
         rows = [torch.empty_like(row) for _ in range(self.size)] if self.rank == 0 else None
         dist.gather(row, rows, group=self._group, group_dst=0)
-        _settle([nbytes, row, *(rows or [])])
+        _settle([row, *(rows or [])])
         return None if rows is None else [_decode(row) for row in rows]
 
     def broadcast(self, obj: Json) -> Json:
@@ -110,9 +108,17 @@ class GroupControl:
         return _decode(row)
 
     def all_ok(self, error: str | None) -> None:
-        """Raise :class:`RankError` on all ranks, naming those that have an error."""
+        """Raise :class:`RankError` on all ranks, naming those that have an error; one message if none has."""
+        if not self._longest(b"" if error is None else _encode(error)):
+            return
         errors = self.broadcast(self.gather(error))
         raise_errors(cast("list[str | None]", errors))
+
+    def _longest(self, message: bytes) -> int:
+        nbytes = torch.tensor([len(message)], device=self._device)
+        dist.all_reduce(nbytes, dist.ReduceOp.MAX, group=self._group)
+        _settle([nbytes])
+        return int(nbytes)
 
     def _to_device(self, message: bytes) -> Tensor:
         # bytearray: torch warns about memory that it could write to but must not.

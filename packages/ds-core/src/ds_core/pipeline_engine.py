@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from itertools import chain, count
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
 
-from ._control import everybody
+from ._control import RankError, everybody
 from .engine import Engine
 from .stepping import cast_floats
 
@@ -90,7 +91,9 @@ class PipelineEngine(Engine):
             The mean loss of the step over all micro-batches and all pipelines, on every rank; float32, 0D.
 
         Raises:
-            ValueError: There is no data, or it ends within a step, or it is no iterator; nothing was changed.
+            ValueError: There is no data, or it ends within a step, or it is no iterator; nothing was changed, but the
+                micro-batches that were read are used up.
+            RankError: The data of another rank ended, or raised; names it. Nothing was changed.
             PipelineError: A message did not come, or a stage raised.
 
         Example:
@@ -102,7 +105,7 @@ class PipelineEngine(Engine):
         """
         self._check_sources(data_iter)
         self.module.train()
-        batches = self._draw(self._rounds() if data_iter is None and self._reads else data_iter)
+        batches = self._drawn(data_iter, goes_round=True)
         found = self._running.pipeline.train(batches, scale=self._scale.scale)
         self._scaled = self._sharded.micro_batches
         losses = [float(loss) for loss in found]
@@ -114,11 +117,14 @@ class PipelineEngine(Engine):
 
         Args:
             data_iter: An iterator as for :meth:`train_batch`, of other data: what it yields is used up.
+
+        Raises:
+            ValueError, RankError, PipelineError: As of :meth:`train_batch`.
         """
         training = self.module.training
         self.module.eval()
         try:
-            found = self._running.pipeline.evaluate(self._draw(data_iter))
+            found = self._running.pipeline.evaluate(self._drawn(data_iter))
         finally:
             self.module.train(training)
         return self._mean([float(loss) for loss in found])
@@ -174,6 +180,18 @@ class PipelineEngine(Engine):
     def _reads(self) -> bool:
         """Whether this rank needs micro-batches."""
         return self._running.has_first or self._running.has_last
+
+    def _drawn(self, source: Iterator[Any] | None, *, goes_round: bool = False) -> Batches:
+        """Take the micro-batches of one step; if a rank cannot, no rank begins it."""
+        control = self._running.control
+        try:
+            batches = self._draw(self._rounds() if source is None and goes_round and self._reads else source)
+        except Exception as error:
+            with suppress(RankError):  # it is for the others
+                control.all_ok(f"{type(error).__name__}: {error}")
+            raise
+        control.all_ok(None)
+        return batches
 
     def _draw(self, source: Iterator[Any] | None) -> Batches:
         """Take the micro-batches of one step, as far as this rank needs them."""
