@@ -13,7 +13,7 @@ import logging
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of mallopt
 _LARGEST = (1 << 30, 1 << 25)  # bytes; larger tensors still come from the system; older versions allow the second only
-_log = logging.getLogger("ds_pipe")
+_log = logging.getLogger(__package__)
 
 
 def keep_freed_memory() -> None:

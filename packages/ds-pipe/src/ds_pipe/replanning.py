@@ -20,7 +20,7 @@ from .schedule import Schedule, splits_backward
 from .simulate import simulate
 from .times import Times
 
-_log = logging.getLogger("ds_pipe")
+_log = logging.getLogger(__package__)
 
 
 class Next(NamedTuple):
