@@ -79,7 +79,8 @@ def test_the_old_form_of_the_partitioners_section(old, stage):
         ({"stag": 1}, "unknown key zero_optimization.stag = 1; did you mean 'zero_optimization.stage'?"),
         (
             {"overlap_com": True},
-            "unknown key zero_optimization.overlap_com = True; did you mean 'zero_optimization.overlap_comm'?",
+            "unknown key zero_optimization.overlap_com = True; did you mean 'zero_optimization.overlap_comm'? "
+            "It has no effect: communication always overlaps with computation",
         ),
         (
             {"inner": {"dept": 1}},
@@ -127,7 +128,7 @@ def test_such_a_section_must_name_its_plugin():
 
 
 def test_deepspeeds_pipeline_section_selects_nothing_where_it_asks_for_nothing():
-    section = {"stages": "auto", "partition": "best", "seed_layers": False}
+    section = {"stages": "auto", "partition": "best", "seed_layers": False, "activation_checkpoint_interval": 0}
     assert parsed(Plugins(), pipeline=section).plugins == {}
     assert parsed(Plugins(), pipeline={"stages": 1}).plugins == {}
 
@@ -139,6 +140,11 @@ def test_a_pipeline_needs_no_name():
     assert parsed(load, pipeline={"name": "mine"}).plugins["pipeline"].name == "mine"
     with pytest.raises(ValueError, match="stagse"):
         parsed(load, pipeline={"stagse": 4})
+    with pytest.raises(ValueError, match=r"did you mean 'pipeline.partition'\? It has no effect: a PipelineModule is"):
+        parsed(load, pipeline={"partition_method": "uniform"})
+    for value in (1, 0):  # neither is the value at which that key asks for nothing
+        with pytest.raises(ValueError, match=r"unknown key pipeline\.chunks"):
+            parsed(load, pipeline={"chunks": value})
 
 
 def test_a_plugin_without_settings_takes_none():

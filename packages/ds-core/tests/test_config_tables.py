@@ -97,9 +97,14 @@ def test_the_two_tables_are_disjoint():
         ({"fp16": {"enable": True}}, "unknown key fp16.enable = True; did you mean 'fp16.enabled'?"),
         (
             {"checkpoint": {"load_univrsal": True}},
-            "unknown key checkpoint.load_univrsal = True; did you mean 'checkpoint.load_universal'?",
+            "unknown key checkpoint.load_univrsal = True; did you mean 'checkpoint.load_universal'? It has no effect: "
+            "checkpoints have one format, which loads on any number of ranks",
         ),
-        ({"aio": {"blok_size": 1}}, "unknown key aio.blok_size = 1; did you mean 'aio.block_size'?"),
+        (
+            {"aio": {"blok_size": 1}},
+            "unknown key aio.blok_size = 1; did you mean 'aio.block_size'? It has no effect: nothing is offloaded "
+            "while device is 'none'",
+        ),
         (
             {"zero_optimization": {"offload_param": {"devise": "none"}}},
             "unknown key zero_optimization.offload_param.devise = 'none'; "

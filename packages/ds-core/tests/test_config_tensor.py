@@ -35,6 +35,8 @@ def load(group, name):
     "section",
     [
         {"autotp_size": 4},
+        {"tp_size": 4},
+        {"enabled": True, "tp_size": 4},
         {"tp": {"tp_size": 4}},
         {"tensor_parallel": {"tp_size": 4}},
         {"autotp_size": 0, "tp": {"tp_size": 4, "tp_grain_size": 8}},
@@ -52,7 +54,13 @@ def test_all_spellings_of_the_number_of_ranks_are_one(section):
 
 @pytest.mark.parametrize(
     "section",
-    [{}, {"autotp_size": 0}, {"autotp_size": 1, "tp": {"tp_size": 1}}, {"blocks": 1}, {"tp": {"tp_size": "auto"}}],
+    [
+        {"autotp_size": 0},
+        {"enabled": False, "tp_size": 1},
+        {"autotp_size": 1, "tp": {"tp_size": 1}},
+        {"blocks": 1},
+        {"tp": {"tp_size": "auto"}},
+    ],
 )
 def test_a_section_that_splits_nothing_selects_nothing(section):
     raw = {**SIZES, "tensor_parallel": {**section, "preset_model": "llama"}}
@@ -60,6 +68,34 @@ def test_a_section_that_splits_nothing_selects_nothing(section):
     config = parse(raw, 1, load)
     assert not config.plugins
     assert config.no_effect["tensor_parallel.preset_model"] == "the feature is off"
+
+
+@pytest.mark.parametrize("section", [{}, {"enabled": False}, {"dtype": "bf16"}, {"tp": {"tp_grain_size": 8}}])
+def test_a_section_that_asks_for_nothing_needs_no_size(section):
+    raw = {**SIZES, "tensor_parallel": section}
+    assert num_tensor_ranks(raw) == 1
+    assert not parse(raw, 1, load).plugins
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"preset_model": "llama"}, "tensor_parallel.preset_model = 'llama' and no number of ranks: say over how many"),
+        ({"enabled": True, "preset_model": "lama"}, "tensor_parallel.enabled = True and no number of ranks: say"),
+        ({"tpsize": 2}, "tensor_parallel.tpsize = 2 and no number of ranks; did you mean 'tp_size'?: say over how"),
+        ({"autotp": 2}, "tensor_parallel.autotp = 2 and no number of ranks; did you mean 'autotp_size'?"),
+        ({"size": 2}, "tensor_parallel.size = 2 and no number of ranks"),
+        ({"enabled": True, "autotp_size": 1}, "tensor_parallel.enabled is true, and no layer is split: say over how"),
+        ({"enabled": False, "tp_size": 2}, "tensor_parallel.enabled is false, and tensor_parallel.tp_size asks for"),
+        ({"enabled": "yes", "tp_size": 2}, "tensor_parallel.enabled must be true or false; got 'yes'"),
+    ],
+)
+def test_a_model_is_never_left_whole_in_silence(section, message):
+    raw = {**SIZES, "tensor_parallel": section}
+    for read in (num_tensor_ranks, lambda raw: parse(raw, 1, load)):
+        with pytest.raises(ValueError) as caught:
+            read(raw)
+        assert message in str(caught.value)
 
 
 def test_blocks_alone_split_a_model_on_one_rank():

@@ -16,6 +16,7 @@ from ds_pipe.config import PipeConfig
         ({"schedule": "forward_only"}, "'forward_only' has no backward passes: name one to train by"),
         ({"schedule": "gpipe", "plan": "a"}, "schedule = 'gpipe' and plan = 'a' each say what the schedule is"),
         ({"timeout": 0.0}, "timeout must be a positive number of seconds"),
+        ({"activation_checkpoint_interval": -1}, "activation_checkpoint_interval must be a number of layers, or 0"),
         ({"chunks": 0}, "chunks must be a positive number of stages"),
     ],
 )

@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from ds_pipe import Pipeline, PipelineModule, make_schedule
+from ds_pipe.config import PipeConfig
 from ds_pipe.layers import LayerSpec, TiedLayerSpec
 from ds_pipe.part import Part
+from ds_pipe.plugin import pipe
 from ds_pipe.skips import Skip
 from torch import Tensor, nn
 from torch.nn import functional
@@ -184,6 +186,17 @@ def test_layers_are_recomputed_and_weight_gradients_stay_deferred() -> None:
     with torch.no_grad():
         part(torch.ones(3, 4))
     assert Counted.passes == 12
+
+
+@pytest.mark.parametrize(("said", "configured", "passes"), [(0, 2, 8), (2, 0, 8), (0, 0, 4)])
+def test_a_configuration_may_say_what_is_recomputed(said: int, configured: int, passes: int) -> None:
+    specs = [LayerSpec(Counted, 4, 4) for _ in range(4)]
+    described = PipelineModule(specs, loss_fn=loss_of, activation_checkpoint_interval=said)
+    builder = pipe.build(PipeConfig(activation_checkpoint_interval=configured), context=None)  # type: ignore[arg-type]  # not read
+    part = builder.cut(described, rank=0, num_ranks=1, num_micro_batches=1).modules[0]
+    Counted.passes = 0
+    part(torch.ones(3, 4, requires_grad=True)).sum().backward()
+    assert Counted.passes == passes
 
 
 @pytest.mark.parametrize(

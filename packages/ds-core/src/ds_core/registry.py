@@ -96,9 +96,15 @@ def load(group: str, name: str) -> Plugin:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return the end of an error message that names the nearest known name, or nothing."""
+    near = nearest(name, known)
+    return f"; did you mean {near!r}?" if near else ""
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name that is most like ``name``, if one is."""
     folded = {each.casefold(): each for each in known}
     near = difflib.get_close_matches(name.casefold(), folded, n=1)
-    return f"; did you mean {folded[near[0]]!r}?" if near else ""
+    return folded[near[0]] if near else None
 
 
 def _entry_points(group: str) -> list[EntryPoint]:

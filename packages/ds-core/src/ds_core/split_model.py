@@ -161,8 +161,10 @@ def _check_common(found: Sequence[_Row]) -> None:
     if others:
         raise RuntimeError(
             f"gradients of parameters that all tensor-parallel ranks have are other ones on ranks {others} than on "
-            "rank 0: such a parameter stands between split layers, where each rank has its own part of a tensor (split "
-            "it, or do without), or an operation gives other bits each time (torch.use_deterministic_algorithms)"
+            "rank 0 of their group: these ranks were fed other data (each micro-batch goes to all ranks of a group, "
+            "data are dealt by data rank); or such a parameter stands between split layers, where each rank has its "
+            "own part of a tensor (split it, or do without); or an operation gives other bits each time "
+            "(torch.use_deterministic_algorithms)"
         )
 
 

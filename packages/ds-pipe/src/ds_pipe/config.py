@@ -20,6 +20,8 @@ class PipeConfig:
     """A text file with a schedule to be used instead; see :class:`ds_pipe.Schedule`."""
     plan: str | None = None
     """A file of ``ds pipe plan --out``, ``PREFIX.plan.json``: its schedule and its cut are used."""
+    activation_checkpoint_interval: int = 0
+    """Layers whose input alone is kept, see :class:`ds_pipe.PipelineModule`; 0: as the model says."""
     replan: int | None = None
     """After so many steps, at least 3, a schedule is made for what they have cost, with the same stages on the same
     ranks, and used if it is predicted to be faster; see :class:`ds_pipe.replanning.Replanning`. None: never."""
@@ -41,5 +43,8 @@ class PipeConfig:
             )
         if self.replan is not None and self.replan < 3:
             raise ValueError(f"replan must be at least 3 steps, of which one warms up; got {self.replan}")
+        interval = self.activation_checkpoint_interval
+        if interval < 0:
+            raise ValueError(f"activation_checkpoint_interval must be a number of layers, or 0; got {interval}")
         if self.chunks is not None and self.chunks < 1:
             raise ValueError(f"chunks must be a positive number of stages, got {self.chunks}")

@@ -231,7 +231,9 @@ class PipelineModule:
             found += [Skip(source, target, name)] if source != target else []
         return checked(found, len(bounds) - 1)
 
-    def build(self, first: int, last: int, *, borrows: Mapping[str, str] = MappingProxyType({})) -> Part:
+    def build(
+        self, first: int, last: int, *, borrows: Mapping[str, str] = MappingProxyType({}), interval: int = 0
+    ) -> Part:
         """Make the layers ``first`` to before ``last``; no memory is taken for the others.
 
         Names and initial values of parameters and buffers are those of the whole model, ``build(0, num_layers)``.
@@ -244,6 +246,7 @@ class PipelineModule:
             first: Index of a layer.
             last: Index after the last one.
             borrows: By key of ``ties``, the name under which the part gets a weight; see :meth:`loans`.
+            interval: In place of ``activation_checkpoint_interval``; 0: that.
 
         Raises:
             ValueError: There are no such layers; or a tied parameter is needed that is not borrowed; or layers on both
@@ -254,5 +257,10 @@ class PipelineModule:
         base = torch.initial_seed() if self._base_seed is None else self._base_seed
         with kept_generators():
             return assemble(
-                self._layers, self.ties, range(first, last), borrows=borrows, seed=base, interval=self._interval
+                self._layers,
+                self.ties,
+                range(first, last),
+                borrows=borrows,
+                seed=base,
+                interval=interval or self._interval,
             )

@@ -139,17 +139,13 @@ class PipeBuilder:
     Args:
         make: Makes the schedule.
         bounds: Where to cut, see ``PipelineModule.bounds``; None: as the model says.
-        timeout: How long a message may take.
-        replan: As of ``Cut``.
+        config: The other settings.
     """
 
-    def __init__(
-        self, make: MakeSchedule, *, bounds: Sequence[int] | None, timeout: timedelta, replan: int | None = None
-    ) -> None:
+    def __init__(self, make: MakeSchedule, *, bounds: Sequence[int] | None, config: PipeConfig) -> None:
         self._make = make
         self._bounds = bounds
-        self._timeout = timeout
-        self._replan = replan
+        self._config = config
 
     def cut(self, model: PipelineModule, *, rank: int, num_ranks: int, num_micro_batches: int) -> Cut:
         """Build what rank ``rank`` of ``num_ranks`` has of ``model``.
@@ -184,6 +180,7 @@ class PipeBuilder:
                 bounds[stage],
                 bounds[stage + 1],
                 borrows={loan.key: loan.skip for loan in loans if loan.target == stage},
+                interval=self._config.activation_checkpoint_interval,
             )
             for stage in schedule.stages_of(rank)
         }
@@ -194,8 +191,8 @@ class PipeBuilder:
             model.loss_fn,
             lent=lent,
             shared={loan.weight for loan in loans},
-            timeout=self._timeout,
-            replan=self._replan,
+            timeout=timedelta(seconds=self._config.timeout),
+            replan=self._config.replan,
         )
 
 
@@ -230,7 +227,7 @@ class PipePlugin:
             make, bounds = (lambda _num_ranks, _num_micro_batches: planned.schedule), planned.bounds
         if config.keep_freed_memory:
             keep_freed_memory()
-        return PipeBuilder(make, bounds=bounds, timeout=timedelta(seconds=config.timeout), replan=config.replan)
+        return PipeBuilder(make, bounds=bounds, config=config)
 
 
 def _configured(config: PipeConfig) -> MakeSchedule:

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, TypeVar
 
 from .._json import is_quoted
-from ..registry import did_you_mean
+from ..registry import nearest
+from .no_effect import NO_EFFECT
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -63,10 +64,12 @@ def unknown_key(path: str, value: Json, known: Iterable[str]) -> str:
     section, _, key = path.rpartition(".")
     if not key[:1].isalpha():
         return f"unknown key {path} = {value!r}; no key starts with {key[:1]!r}, and JSON has no comments: remove it"
-    near = did_you_mean(key, known)
-    if section:
-        near = near.replace("did you mean '", f"did you mean '{section}.")
-    return f"unknown key {path} = {value!r}{near}"
+    near = nearest(key, known)
+    if near is None:
+        return f"unknown key {path} = {value!r}"
+    meant = f"{section}.{near}" if section else near
+    idle = f" It has no effect: {NO_EFFECT[meant]}" if meant in NO_EFFECT else ""
+    return f"unknown key {path} = {value!r}; did you mean {meant!r}?{idle}"
 
 
 def _unknown_keys(kind: object, value: Json, path: str, others: Iterable[str] = ()) -> Iterator[str]:

@@ -19,7 +19,7 @@ LoadPlugin: TypeAlias = "Callable[[str, str], Plugin]"
 """Imports a plugin by group and name: :func:`ds_core.registry.load`."""
 
 
-_ONE_STAGE = (None, "auto", 1)
+_IDLE: Mapping[str, Json] = {"stages": 1, "activation_checkpoint_interval": 0}  # as DeepSpeed's files have them
 
 
 class TypeAndParams(NamedTuple):
@@ -46,7 +46,7 @@ def plugins(raw: Mapping[str, Json], load_plugin: LoadPlugin) -> dict[str, Choic
     for role in ROLE_GROUPS:
         if role in raw:
             params = _object(raw[role], role)
-            if role in DEFAULT_NAMES and all(value in _ONE_STAGE for value in params.values()):
+            if role in DEFAULT_NAMES and all(value in (None, "auto", _IDLE.get(key)) for key, value in params.items()):
                 continue  # DeepSpeed's way of saying that there is no pipeline
             name = params.get("name", DEFAULT_NAMES.get(role))
             if not isinstance(name, str):

@@ -20,7 +20,7 @@ _RANGES = "phases are ranges 'ds.forward', 'ds.backward', 'ds.step' in torch.pro
 _OFF = "the feature is off"
 _HEADS = "heads are never cut, so there is no grain to tune"
 _AXES = "neighbouring ranks share a layer"
-_STAGES = "a PipelineModule is told when it is made"
+_STAGES = "a PipelineModule is told when it is made: PipelineModule(..., partition_method=, seed_layers=)"
 _MESSAGES = "what stages hand on is not partitioned"
 _MATCHING = "gradients are summed in float32 and scaled once, so this cannot change the mean"
 
@@ -147,7 +147,6 @@ NO_EFFECT: Mapping[str, str] = {
     "expert_parallel.*": _OFF,
     "hybrid_engine.*": _OFF,
     "nebula.*": _OFF,
-    "pipeline.activation_checkpoint_interval": _STAGES,
     "pipeline.grad_partitioned": _MESSAGES,
     "pipeline.partition": _STAGES,
     "pipeline.pipe_partitioned": _MESSAGES,

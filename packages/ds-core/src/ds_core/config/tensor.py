@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
+
+from ..registry import did_you_mean
 
 if TYPE_CHECKING:
     from ..protocols import Json
 
 SECTION = "tensor_parallel"
 _SIZE = "autotp_size"
+_SIZES = (_SIZE, "tp_size")  # the second one is that of DeepSpeed's inference
+_SWITCH = "enabled"
 _NESTED = ("tp", "tensor_parallel")
+_QUIET = {*_NESTED, "name", "dtype", "keep_module_on_host", "tp_overlap_comm", "vocab_parallel_ce_backend"}
 _OFF = "the feature is off"
+_SAY = f"say over how many ranks layers are split, {SECTION}.{_SIZE}, or 0 for none"
 
 
 def as_one_size(raw: Mapping[str, Json]) -> dict[str, Json]:
     """Return a configuration whose section ``tensor_parallel`` says the number of ranks as ``autotp_size`` only.
 
     Raises:
-        ValueError: Two keys say different ones.
+        ValueError: Two keys say different ones; or none does, and the section asks for something.
 
     Example:
         >>> as_one_size({"tensor_parallel": {"autotp_size": 0, "tp": {"tp_size": 2, "tp_grain_size": 1}}})
@@ -28,7 +34,7 @@ def as_one_size(raw: Mapping[str, Json]) -> dict[str, Json]:
     if not isinstance(section, Mapping):
         return dict(raw)
     kept: dict[str, Json] = {key: value for key, value in section.items() if value not in (None, "auto")}
-    said = {f"{SECTION}.{_SIZE}": kept.pop(_SIZE, None)}
+    said = {f"{SECTION}.{key}": kept.pop(key, None) for key in _SIZES}
     for key in _NESTED:
         nested = kept.get(key)
         if isinstance(nested, Mapping):
@@ -38,9 +44,29 @@ def as_one_size(raw: Mapping[str, Json]) -> dict[str, Json]:
     if len({repr(value) for value in asking.values()}) > 1:
         both = " and ".join(f"{path} = {value!r}" for path, value in asking.items())
         raise ValueError(f"{both} each say how many ranks a layer is split over; keep one")
+    _check_switch(section, [*asking])
     if asking:
+        kept.pop(_SWITCH, None)
         kept[_SIZE] = next(iter(asking.values()))
     return {**raw, SECTION: kept}
+
+
+def _check_switch(section: Mapping[str, Json], asking: Sequence[str]) -> None:
+    """Refuse a section that asks for a split model and does not say over how many ranks, or that says both."""
+    switch = section.get(_SWITCH)
+    if switch not in (None, True, False):
+        raise ValueError(f"{SECTION}.{_SWITCH} must be true or false; got {switch!r}")
+    if switch is False and asking:
+        raise ValueError(f"{SECTION}.{_SWITCH} is false, and {asking[0]} asks for ranks to split layers over; keep one")
+    nested = [section[key] for key in _NESTED if key in section]
+    if section.keys() & {*_SIZES, "blocks"} or any(isinstance(each, Mapping) and "tp_size" in each for each in nested):
+        if switch and not asking and section.get("blocks") in (None, 1):
+            raise ValueError(f"{SECTION}.{_SWITCH} is true, and no layer is split: {_SAY}")
+        return
+    wants = [key for key, value in section.items() if key not in _QUIET and value not in (None, "auto", False, {}, [])]
+    if wants:
+        near = next((hint for hint in (did_you_mean(key, _SIZES) for key in wants) if hint), "")
+        raise ValueError(f"{SECTION}.{wants[0]} = {section[wants[0]]!r} and no number of ranks{near}: {_SAY}")
 
 
 def without_idle(kept: Mapping[str, Json], no_effect: dict[str, str]) -> dict[str, Json]:
