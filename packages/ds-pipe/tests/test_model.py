@@ -365,6 +365,10 @@ def test_what_cannot_be_described() -> None:
         PipelineModule([nn.ReLU(), 3])
     with pytest.raises(TypeError, match="LayerSpec takes a class and its arguments"):
         LayerSpec(3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"not a module that is made .* got Linear\(in_features=2"):
+        LayerSpec(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="not a module that is made"):
+        TiedLayerSpec("embed", nn.Embedding(2, 2))
     with pytest.raises(ValueError, match="at least one layer"):
         PipelineModule([])
     with pytest.raises(ValueError, match=r"one of 'uniform', .* got 'best'"):

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
+from fractions import Fraction
+from itertools import accumulate
 
 from ds_pipe import Costs, make_greedy_schedule, make_schedule, simulate
+from ds_pipe.greedy import greedy
 from ds_pipe.instruction import COMPUTE, Op
 from ds_pipe.lower import lower
-from ds_pipe.orders import Slot, loop, vee
+from ds_pipe.orders import ORDERS, Slot, loop, vee
 from ds_pipe.refine import best_order, kept_peaks, refine
 from ds_pipe.skips import Skip
 from hypothesis import given, settings
@@ -60,6 +64,18 @@ def test_it_stays_within_the_memory_and_keeps_the_order_of_sums(seed: int, room:
                 for op in {slot.op for slot in row}:
                     found = [slot.micro_batch for slot in row if (slot.op, slot.stage) == (op, stage)]
                     assert found == list(range(6))
+
+
+def test_sizes_that_are_no_whole_numbers() -> None:
+    costs, placement = replace(Costs.uniform(4), kept_bytes=(2.3, 2.6, 2.0, 2.9)), vee(2)
+    memory = kept_peaks(ORDERS["zb_v"].order(2, 4, 2), placement, costs)
+    order = greedy(4, placement, costs, memory)
+    assert sum(map(len, order)) == 3 * 4 * 4
+    for row in order:
+        held = accumulate(
+            {Op.F: 1, Op.W: -1}.get(slot.op, 0) * Fraction(str(costs.kept_bytes[slot.stage])) for slot in row
+        )
+        assert max(held) <= Fraction("9.8")
 
 
 def test_a_bad_order_gets_better() -> None:

@@ -8,6 +8,7 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,7 +53,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--bandwidth", type=_positive, default=float("inf"), metavar="B/S", help="of a link, in bytes a second"
     )
     plan.add_argument(
-        "--memory", type=_positive, metavar="BYTES", help="of each rank, for weights, activations and messages"
+        "--memory",
+        type=_positive,
+        metavar="BYTES",
+        help="of each rank, for weights, activations and messages; otherwise no limit",
     )
     plan.add_argument(
         "--bytes-per-parameter",
@@ -120,7 +124,10 @@ def _plan(given: argparse.Namespace) -> None:
     except ValueError as error:
         raise _MistakeError(str(error)) from error
     chosen = _chosen(found, given.schedule)
-    sys.stdout.write(f"{table(found)}\n\n{chosen.name}:\n{stages(chosen, described.names)}\n")
+    sys.stdout.write(f"{table(found)}\n")
+    if not chosen.fits:
+        raise _MistakeError(_too_little(found, chosen, given.memory))
+    sys.stdout.write(f"\n{chosen.name}:\n{stages(chosen, described.names)}\n")
     if given.out:
         title = f"{given.model}: {given.stages} ranks, {given.micro_batches} micro-batches"
         write_plan(Path(f"{given.out}.plan.json"), chosen.schedule, chosen.bounds)
@@ -135,6 +142,18 @@ def _chosen(found: Plans, name: str | None) -> Plan:
     if name is not None and name not in by_name:
         raise _MistakeError(f"there is no schedule {name!r} to draw; there are {', '.join(by_name)}")
     return found.plans[0] if name is None else by_name[name]
+
+
+def _too_little(found: Plans, chosen: Plan, memory: float) -> str:
+    given = f"--memory {memory:.0f}"
+    if found.plans[0].fits:
+        fitting = ", ".join(plan.name for plan in found.plans if plan.fits)
+        return f"{chosen.name} does not fit into {given}: a rank takes {ceil(max(chosen.peak_bytes))}; {fitting} fit"
+    least = min(found.plans, key=lambda plan: max(plan.peak_bytes))
+    return (
+        f"nothing fits into {given}; of these schedules {least.name} takes least: {ceil(max(least.peak_bytes))} bytes "
+        "on its fullest rank"
+    )
 
 
 def _write(name: str, text: str) -> None:

@@ -15,6 +15,7 @@ out, with few numbers for each, and the order that is done first is taken.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import fsum
 from typing import NamedTuple
 
 from .costs import Costs
@@ -83,7 +84,8 @@ class _State:
         self._placement = placement
         self._costs = costs
         self._free = [0.0] * (max(placement) + 1)
-        self._room = list(memory)
+        self._memory = memory
+        self._held = [0] * len(placement)  # by stage, micro-batches whose activations are kept
         self._policy = policy
         self._skips = skips
         self._lead = [0] * len(placement)  # by stage, forwards whose gradient has not come
@@ -92,8 +94,8 @@ class _State:
         self._links: dict[tuple[int, int], float] = {}  # when each is free
         self._next = {(op, stage): 0 for op in (Op.F, Op.I, Op.W) for stage in range(len(placement))}
         self.order: Order = [[] for _ in self._free]
-        for rank, room in enumerate(self._room):
-            needed = sum(costs.kept_bytes[stage] for stage, owner in enumerate(placement) if owner == rank)
+        for rank, room in enumerate(memory):
+            needed = fsum(costs.kept_bytes[stage] for stage, owner in enumerate(placement) if owner == rank)
             if room < needed:
                 raise ValueError(
                     f"rank {rank} needs {needed:g} bytes for one micro-batch of each of its stages; memory[{rank}] is "
@@ -121,7 +123,7 @@ class _State:
         end = self._free[rank] = start + self._costs.seconds(one)
         self._next[one.op, one.stage] += 1
         self.order[rank].append(Slot(one.op, one.stage, one.micro_batch))
-        self._room[rank] -= self._kept(one)
+        self._held[one.stage] += {Op.F: 1, Op.W: -1}.get(one.op, 0)
         self._owed[rank] += {Op.I: 1, Op.W: -1}.get(one.op, 0)
         self._lead[one.stage] += {Op.F: 1, Op.I: -1}.get(one.op, 0)
         # what a stage lends leaves after its first forward
@@ -152,16 +154,18 @@ class _State:
     def _fits(self, rank: int, one: Instruction) -> bool:
         if one.op is not Op.F:
             return True
-        later = [s for s, owner in enumerate(self._placement) if owner == rank and s > one.stage]
-        # a later chunk that has forwards to come needs room for one of them
-        reserve = sum(self._costs.kept_bytes[s] for s in later if self._next[Op.F, s] < self._num_micro_batches)
+        # a later chunk that has forwards to come needs room for one of them; counted anew, as what was held back for a
+        # forward has to hold it to the last bit
+        kept = fsum(
+            self._costs.kept_bytes[stage] * (self._held[stage] + (stage == one.stage or self._is_to_come(one, stage)))
+            for stage, owner in enumerate(self._placement)
+            if owner == rank
+        )
         may_lead = self._policy.lead * (len(self._free) - rank) or 1
-        return self._room[rank] >= self._kept(one) + reserve and self._lead[one.stage] < may_lead
+        return kept <= self._memory[rank] and self._lead[one.stage] < may_lead
 
-    def _kept(self, one: Instruction) -> float:
-        if one.op is Op.F:
-            return self._costs.kept_bytes[one.stage]
-        return -self._costs.kept_bytes[one.stage] if one.op is Op.W else 0.0
+    def _is_to_come(self, one: Instruction, stage: int) -> bool:
+        return stage > one.stage and self._next[Op.F, stage] < self._num_micro_batches
 
     def _rank_of_choice(self, one: Instruction) -> tuple[int, int, int]:
         rank = self._placement[one.stage]

@@ -37,8 +37,11 @@ class LayerSpec:
     """
 
     def __init__(self, typename: Callable[..., nn.Module], *module_args: Any, **module_kwargs: Any) -> None:
-        if not callable(typename):
-            raise TypeError(f"LayerSpec takes a class and its arguments, not a module that is made; got {typename!r}")
+        if isinstance(typename, nn.Module) or not callable(typename):
+            raise TypeError(
+                "LayerSpec takes a class and its arguments, not a module that is made (that is a layer as it is); got "
+                f"{typename!r}"
+            )
         self.typename = typename
         self.module_args = module_args
         self.module_kwargs = module_kwargs

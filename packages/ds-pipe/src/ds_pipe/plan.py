@@ -11,6 +11,7 @@ from .instruction import Op
 from .measure import staged
 from .orders import ORDERS, TRAINING, loop, vee
 from .partition import balanced
+from .refine import fixed_orders, kept_peaks
 from .schedule import Schedule
 from .simulate import Timeline, simulate
 from .validate import peak_bytes
@@ -44,15 +45,15 @@ class Plans(NamedTuple):
 def compare(costs: Costs, *, num_ranks: int, num_micro_batches: int, memory: float | None = None) -> Plans:
     """Return every schedule for a model, the fastest first.
 
-    With a limit of memory, no fixed schedule that fits is faster than the greedy one for the same stages on the same
-    ranks.
+    No fixed schedule that fits is faster than the greedy one for the same stages on the same ranks.
 
     Args:
         costs: Of each layer.
         num_ranks: Ranks of the pipeline.
         num_micro_batches: In one step.
         memory: Bytes of each rank, for ``costs.held_bytes``, kept activations, gradients and messages; greedy schedules
-            are made to fit, the others fit or do not. None: no limit for those, and for greedy ones what 1F1B keeps.
+            are made to fit, the others fit or do not. None: no limit; greedy schedules keep no more activations than
+            the fixed one for the same stages on the same ranks that keeps the most.
 
     Raises:
         ValueError: There are fewer layers than ranks, or numbers that cannot be.
@@ -79,7 +80,7 @@ def compare(costs: Costs, *, num_ranks: int, num_micro_batches: int, memory: flo
         except ValueError as error:
             impossible[name] = str(error)
             continue
-        if memory is not None and make is _greedy:
+        if make is _greedy:
             made += [plan._replace(name=name) for plan in plans if plan.schedule.placement == placement]
         plans.append(min(made, key=_rank))
     if not plans:
@@ -151,7 +152,7 @@ def _greedy(task: _Task) -> list[Schedule]:
     Raises:
         ValueError: One micro-batch does not fit.
     """
-    room = None if task.memory is None else [task.memory - held for held in task.held]
+    room = _most_kept(task) if task.memory is None else _left(task.held, task.memory)
     made: list[Schedule] = []
     for _ in range(_TRIES):
         try:
@@ -168,10 +169,25 @@ def _greedy(task: _Task) -> list[Schedule]:
             return made
         made.append(schedule)
         _, peaks, fits = _judged(schedule, task)
-        if fits or room is None or task.memory is None:
+        if fits or task.memory is None:
             return made
         room = [left - max(0.0, peak - task.memory) for left, peak in zip(room, peaks, strict=True)]
     return made
+
+
+def _most_kept(task: _Task) -> list[float]:
+    """Return, by rank, the most bytes of activations that a fixed schedule with this placement keeps."""
+    anything = [float("inf")] * task.num_ranks
+    orders = fixed_orders(task.num_micro_batches, task.placement, task.costs, anything)
+    peaks = [kept_peaks(order, task.placement, task.costs) for order in orders]
+    return [max(each) for each in zip(*peaks, strict=True)]
+
+
+def _left(held: Sequence[float], memory: float) -> list[float]:
+    for rank, each in enumerate(held):
+        if each >= memory:
+            raise ValueError(f"weights alone take {each:.0f} bytes of rank {rank}, which has {memory:.0f}")
+    return [memory - each for each in held]
 
 
 def _seconds(costs: Costs) -> list[float]:
