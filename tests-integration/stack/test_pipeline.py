@@ -512,9 +512,12 @@ def test_bits_stay_when_the_schedule_changes(ranks: Pools, schedule: str, stage:
         assert all(texts == [said] for _, texts in found)  # of all pipelines, which add up their gradients
 
 
-def train_compiled(rank: Rank, schedule: str, backend: str | None) -> tuple[Outcome, list[str]]:
+def train_compiled(
+    rank: Rank, schedule: str, backend: str | None, recompute: bool = False
+) -> tuple[Outcome, list[str]]:
     setting = Setting(ranks=4, schedule=schedule)
     config = {**setting.config(), "pipeline": {"stages": 4, "schedule": schedule}}
+    config["activation_checkpointing"] = {"blocks": recompute}
     config["zero_optimization"] = {"stage": 1, "unit_classes": ["Block"]}
     layers = [LayerSpec(nn.Embedding, VOCABULARY, WIDTH), LayerSpec(Block, 0.0), LayerSpec(Block, 0.0)]
     layers.append(LayerSpec(nn.Linear, WIDTH, VOCABULARY))
@@ -541,6 +544,8 @@ def test_stages_without_blocks_stay_as_they_are_when_others_are_compiled(ranks: 
     assert_same_bits(whole(got), whole(want))
     assert [outcome.losses for outcome in got] == [outcome.losses for outcome in want]
     assert all(refused == ["the model is compiled already: compile it once, with all settings"] for _, refused in found)
+    again = [outcome for outcome, _ in ranks.run(train_compiled, schedule, "eager", True, size=4)]
+    assert_same_bits(whole(again), whole(want))
 
 
 def compile_nothing(rank: Rank) -> str:
@@ -550,6 +555,8 @@ def compile_nothing(rank: Rank) -> str:
     with pytest.raises(ValueError, match="no stage has anything to compile") as found:
         engine.compile()
     assert not engine.is_compiled
+    with pytest.raises(ValueError, match="no stage has anything to recompute: none has a block"):
+        ds_core.initialize(model, config={**config, "activation_checkpointing": {"blocks": True}}, group=rank.group)
     return str(found.value)
 
 

@@ -17,6 +17,7 @@ from ds_pipe.plugin import pipe
 from ds_pipe.skips import Skip
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 WIDTH, WORDS, MICRO_BATCHES = 6, 11, 4
 CUTS = [[0, 6], [0, 3, 6], [0, 1, 4, 6], [0, 1, 2, 3, 4, 5, 6]]
@@ -178,7 +179,8 @@ def test_layers_are_recomputed_and_weight_gradients_stay_deferred() -> None:
     with later:
         out = part(torch.ones(3, 4, requires_grad=True))
     assert Counted.passes == 4
-    out.sum().backward()
+    with later:
+        out.sum().backward()
     assert Counted.passes == 8
     assert all(p.grad is None for p in part.parameters())
     later.settle()
@@ -186,6 +188,55 @@ def test_layers_are_recomputed_and_weight_gradients_stay_deferred() -> None:
     with torch.no_grad():
         part(torch.ones(3, 4))
     assert Counted.passes == 12
+
+
+class Recomputed(nn.Module):
+    """Has checkpoints of its own, one within the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, 9), nn.Linear(9, WIDTH)
+        self.norm = nn.LayerNorm(9)
+
+    def inner(self, given: Tensor) -> Tensor:
+        return functional.gelu(self.norm(self.first(given)))
+
+    def whole(self, given: Tensor) -> Tensor:
+        return self.second(self.keep(self.inner, given)).tanh()
+
+    def keep(self, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        return checkpoint(function, given, use_reentrant=False)  # type: ignore[no-any-return]  # torch's
+
+    def forward(self, given: Tensor) -> Tensor:
+        return given + self.keep(self.whole, given)
+
+
+class Plain(Recomputed):
+    """The same without checkpoints."""
+
+    def keep(self, function: Callable[[Tensor], Tensor], given: Tensor) -> Tensor:
+        return function(given)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "zb_h1", "zb_v"])
+@pytest.mark.parametrize("interval", [0, 2])
+def test_layers_may_have_checkpoints_of_their_own(name: str, interval: int) -> None:
+    results = []
+    for kind, schedule, bounds in (
+        (Plain, "gpipe", [0, 4]),
+        (Recomputed, name, [0, 2, 4] if name == "zb_v" else [0, 4]),
+    ):
+        specs = [
+            LayerSpec(nn.Embedding, WORDS, WIDTH),
+            LayerSpec(kind),
+            LayerSpec(kind),
+            LayerSpec(nn.Linear, WIDTH, WORDS),
+        ]
+        described = PipelineModule(specs, activation_checkpoint_interval=interval if kind is Recomputed else 0)
+        results.append(gradients(parts_of(described, bounds), schedule))
+    (want_losses, want), (losses, found) = results
+    assert losses == want_losses
+    assert_equal(found, want)
 
 
 @pytest.mark.parametrize(("said", "configured", "passes"), [(0, 2, 8), (2, 0, 8), (0, 0, 4)])

@@ -101,20 +101,26 @@ class Chunks:
         """
         if self._is_compiled:
             raise RuntimeError("the model is compiled already: compile it once, with all settings")
-        if not any(everybody(self._control, self.has_blocks)):
-            raise ValueError(
-                "no stage has anything to compile: none has a block; name the classes of the model's blocks in "
-                "unit_classes"
-            )
-        for chunk in self._chunks.values():
-            if chunk.has_blocks:
-                chunk.compile(**settings)
+        for chunk in self._with_blocks("to compile"):
+            chunk.compile(**settings)
         self._is_compiled = True
 
     def wrap_blocks(self, call: BlockCall) -> None:
-        """Run each block of every stage as ``call(forward, *args, **kwargs)``."""
-        for chunk in self._chunks.values():
+        """Run each block of every stage as ``call(forward, *args, **kwargs)``.
+
+        Raises:
+            ValueError: No stage of any rank has a block.
+        """
+        for chunk in self._with_blocks("to recompute"):
             chunk.wrap_blocks(call)
+
+    def _with_blocks(self, purpose: str) -> list[Sharded]:
+        if not any(everybody(self._control, self.has_blocks)):
+            raise ValueError(
+                f"no stage has anything {purpose}: none has a block; name the classes of the model's blocks in "
+                "unit_classes"
+            )
+        return [chunk for chunk in self._chunks.values() if chunk.has_blocks]
 
     # Training #
 

@@ -118,9 +118,10 @@ def shard_stages(
         groups = param_groups(module, given)
         trains = any(len(entry["params"]) for entry in groups)
         maker = optimizer_maker(settings, given.optimizer, groups, context) if trains else None
-        sharded[stage] = wrapped(shard(partitioner, maker, groups if trains else []), settings, splitting.group)
+        sharded[stage] = shard(partitioner, maker, groups if trains else [])
     pipe_control = make_control(axes.pipe, message_device(axes.pipe, context.device))
     chunks = Chunks(sharded, pipe_control, axes, num_micro_batches=settings.gradient_accumulation_steps)
+    wrapped(chunks, settings, splitting.group)
     pipeline = stages.connect(axes.pipe, StageVerbs(chunks), seed=settings.seed)
     running = Running(pipeline, axes, control, has_first=stages.has_first, has_last=stages.has_last)
     return chunks, running

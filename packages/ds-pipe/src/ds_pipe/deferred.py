@@ -5,12 +5,14 @@ Under :class:`DeferredWeights` every ``torch.nn.functional.linear`` computes the
 pass and leaves a note of what the gradients of weight and bias need. ``settle`` computes them, and hands them to
 autograd as gradients of the parameters, together with those of other layers, which ``keep`` has taken from the backward
 pass: hooks run and sums are formed as always, with the same bits, and in one pass.
+
+The backward pass runs under it, too: a checkpoint in a layer, whoever has made it, runs the layer again there, and has
+to keep what the first run would have kept. autograd carries a mode over to its threads.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -20,7 +22,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class DeferredWeights(TorchFunctionMode):
-    """A context for forward passes; see [Note: Deferred weights].
+    """A context for a forward and its backward pass; see [Note: Deferred weights].
 
     Memory: the input and the output's gradient of each layer, from the backward pass to ``settle``.
 
@@ -48,8 +50,6 @@ class DeferredWeights(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         """Take the place of linear layers; leave everything else as it is."""
-        if func is in_force:
-            return self
         if func is functional.linear and torch.is_grad_enabled():
             return self._linear(*args, **(kwargs or {}))
         return func(*args, **(kwargs or {}))
@@ -61,9 +61,29 @@ class DeferredWeights(TorchFunctionMode):
         out: Tensor = _Linear.apply(input, _Uses(weight, bias, self._notes))  # type: ignore[no-untyped-call]  # torch's
         return out
 
-    def alike(self) -> DeferredWeights:
-        """Return another one that defers the same."""
-        return DeferredWeights(leaf for leaf in self._at_once if leaf is not None)
+    def grad(
+        self, roots: Sequence[Tensor], root_grads: Sequence[Tensor | None], leaves: Sequence[Tensor]
+    ) -> list[Tensor | None]:
+        """Return the gradients of leaves, without what is deferred; ``torch.autograd.grad`` sets modes aside.
+
+        Args:
+            roots: Where the backward pass begins.
+            root_grads: Of each; None for a scalar: 1.
+            leaves: None is returned for those that are not used.
+        """
+        grads = tuple(torch.ones_like(root) if g is None else g for root, g in zip(roots, root_grads, strict=True))
+        engine = torch.autograd.Variable._execution_engine
+        with self:
+            found = engine.run_backward(
+                tuple(roots),
+                grads,
+                keep_graph=False,
+                create_graph=False,
+                inputs=tuple(leaves),
+                allow_unreachable=True,
+                accumulate_grad=False,
+            )
+        return [*found]
 
     def keep(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         """Keep gradients of parameters that are computed already, until :meth:`settle`."""
@@ -87,30 +107,6 @@ class DeferredWeights(TorchFunctionMode):
         del products
         if grads or late:
             torch.autograd.backward([*grads, *late], [*grads.values(), *(torch.empty_like(node) for node in late)])
-
-
-def in_force() -> DeferredWeights | None:
-    """Return the :class:`DeferredWeights` that is in force, if any.
-
-    Example:
-        >>> with DeferredWeights() as later:
-        ...     in_force() is later
-        True
-    """
-    if torch.overrides.has_torch_function((None,)):  # asks modes, too
-        found: DeferredWeights | None = torch.overrides.handle_torch_function(in_force, (None,))
-        return found
-    return None
-
-
-def recomputing() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Return contexts for a forward pass and for running it again in the backward pass: ``context_fn`` of a checkpoint.
-
-    What is run again has to keep what the first run would have kept, so under :class:`DeferredWeights` it runs under
-    another one, whose own notes nobody needs.
-    """
-    outer = in_force()
-    return nullcontext(), nullcontext() if outer is None else outer.alike()
 
 
 class _Uses(NamedTuple):

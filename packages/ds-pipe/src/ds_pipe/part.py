@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from .deferred import recomputing
 from .handing import Handed
 from .keyed import Key, draw_from, kept_generators
 from .layers import Modules
@@ -110,7 +109,7 @@ class Part(nn.Sequential):
             if self._recomputes and torch.is_grad_enabled():
                 value, stashed = checkpoint(
                     self._run, group, value, key, lent, stashed,
-                    use_reentrant=False, preserve_rng_state=key is None, context_fn=recomputing,
+                    use_reentrant=False, preserve_rng_state=key is None,
                 )  # fmt: skip
             else:
                 value, stashed = self._run(group, value, key, lent, stashed)

@@ -149,9 +149,9 @@ class Stage:
         params = [param for param in self.module.parameters() if param.requires_grad]
         if not leaves and not params:
             return []
-        found = torch.autograd.grad(roots, [*leaves, *params], root_grads, allow_unused=True)
+        found = later.grad(roots, root_grads, [*leaves, *params])
         later.keep(params, found[len(leaves) :])
-        return list(found[: len(leaves)])
+        return found[: len(leaves)]
 
 
 def _entering(leaf: Any) -> Any:
