@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from ds_pipe import Pipeline, PipelineModule, make_schedule
+from ds_pipe.alarm import PipelineError
 from ds_pipe.config import PipeConfig
 from ds_pipe.layers import LayerSpec, TiedLayerSpec
 from ds_pipe.part import Part
@@ -437,6 +439,69 @@ def test_what_cannot_be_described() -> None:
         PipelineModule([Table(table), Table(table)]).build(1, 2)
     with pytest.raises(ValueError, match=r"layer 0 has no parameter 'wait', it has weight, bias"):
         PipelineModule(2 * [TiedLayerSpec("a", nn.Linear, 2, 2, tied_weight_attr="wait")]).build(0, 2)
+
+
+@pytest.mark.parametrize("name", ["parameters", "named_parameters", "to", "cuda", "train", "eval"])
+def test_a_description_is_no_module(name: str) -> None:
+    described = PipelineModule([nn.Linear(2, 2)])
+    with pytest.raises(AttributeError, match=r"is a description, not a module: .*(initialize|engine)"):
+        getattr(described, name)
+    assert not hasattr(described, name)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"topology": "grid"}, r"no argument topology \(got 'grid'\): say num_stages, the ranks of one pipeline"),
+        ({"checkpointable_layers": None}, "checkpointable_layers .*: activation_checkpoint_interval takes all layers"),
+        ({"seed_fn": print}, "seed_fn .*: each layer is made from base_seed and its index; leave it out"),
+        ({"dynamic_shape": True}, "dynamic_shape .*: micro-batches may have any shapes; leave it out"),
+        ({"stages": 3}, r"no argument stages \(got 3\); help\(PipelineModule\) lists"),
+    ],
+)
+def test_arguments_that_are_elsewhere(arguments: dict[str, Any], text: str) -> None:
+    with pytest.raises(TypeError, match=text):
+        PipelineModule([nn.Linear(2, 2)], **arguments)
+    with pytest.raises(TypeError, match=text):
+        PipelineModule.from_sequential(nn.Sequential(nn.Linear(2, 2)), **arguments)
+
+
+@pytest.mark.parametrize("interval", [0, 2])
+def test_errors_name_the_layer(interval: int) -> None:
+    layers = [LayerSpec(nn.Linear, 2, 3), nn.Tanh(), LayerSpec(nn.Linear, 4, 5)]
+    described = PipelineModule(layers, activation_checkpoint_interval=interval, loss_fn=nn.functional.mse_loss)
+    pipeline = Pipeline(
+        make_schedule("gpipe", num_ranks=1, num_micro_batches=1),
+        {0: described.build(0, 3)},
+        None,
+        loss=described.loss_fn,
+    )
+    with pytest.raises(PipelineError, match=r"F0\.0: RuntimeError: mat1 .*, in layer 2 \(Linear\)$") as found:
+        pipeline.run([torch.ones(1, 2)], [torch.ones(1, 5)])
+    assert vars(found.value.__cause__)["__notes__"] == ["in layer 2 (Linear)"]
+    named = PipelineModule.from_sequential(nn.Sequential(OrderedDict(head=nn.Linear(2, 3), same=nn.Linear(4, 4))))
+    with pytest.raises(RuntimeError, match="mat1") as found_there:
+        named.build(0, 2)(torch.ones(1, 2))
+    assert vars(found_there.value)["__notes__"] == ["in layer same (Linear)"]
+
+
+def test_errors_of_a_constructor_name_the_layer() -> None:
+    described = PipelineModule([nn.Tanh(), LayerSpec(nn.Linear, 2)])
+    for wrong in (lambda: described.build(0, 2), lambda: described.bounds(1)):
+        with pytest.raises(TypeError, match="out_features") as found:
+            wrong()
+        assert vars(found.value)["__notes__"] == ["where layer 1 (Linear) is made"]
+
+
+def test_errors_name_a_tied_layer_that_runs_again() -> None:
+    layers = [TiedLayerSpec("w", nn.Linear, 2, 2), nn.Tanh(), TiedLayerSpec("w", nn.Linear, 2, 2, forward_fn=divided)]
+    with pytest.raises(ZeroDivisionError) as found:
+        PipelineModule(layers).build(0, 3)(torch.ones(1, 2))
+    assert vars(found.value)["__notes__"] == ["in layer 2, again 0 (Linear)"]
+
+
+def divided(module: nn.Module, value: Tensor) -> Tensor:
+    return value * (1 // 0)
 
 
 def test_what_a_description_looks_like() -> None:

@@ -115,6 +115,13 @@ MODEL = PipelineModule(
 )
 
 
+NUMBERS, NETWORK = [1], torch.nn.Linear(2, 2)
+
+
+def nothing_given() -> int:
+    return 0
+
+
 def sample(batch: int = 3) -> tuple[Tensor, Tensor]:
     return torch.zeros(batch, 5, dtype=torch.long), torch.zeros(batch, 5, dtype=torch.long)
 
@@ -318,6 +325,14 @@ def test_nothing_fits(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
         (["described:NOTHING"], "described has no NOTHING"),
         (["described:MODEL", "--sample", "none"], "described has no none"),
         (["described:sample"], "has to be a PipelineModule, or a function that returns one; got <class 'tuple'>"),
+        (["described:staged"], "described:staged is called with no argument: missing a required argument: 'costs'"),
+        (["described:NUMBERS"], "has to be a PipelineModule, or a function that returns one; got <class 'list'>"),
+        (["described:NETWORK"], "or a function that returns one; got <class 'torch.nn.modules.linear.Linear'>"),
+        (["described:MODEL", "--sample", "staged"], "staged is called with no argument: missing a required argument"),
+        (
+            ["described:MODEL", "--sample", "nothing_given", "--batch", "2"],
+            "size given with --batch, 2: too many positional",
+        ),
         (["no.json"], "no.json has to hold an object with lists of numbers, forward, input_grad"),
         (["list.json"], "list.json has to hold an object"),
         (["few.json"], "few.json has to hold an object with lists of numbers"),

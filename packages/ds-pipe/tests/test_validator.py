@@ -267,6 +267,8 @@ def test_texts_that_are_no_schedule(text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("name", "settings_", "message"),
     [
+        ("1F1B", {}, r"there is no schedule '1F1B' \(did you mean '1f1b'\?\); there are gpipe"),
+        ("zb-v", {}, r"there is no schedule 'zb-v' \(did you mean 'zb_v'\?\); there are gpipe"),
         ("zigzag", {}, "there is no schedule 'zigzag'; there are gpipe, 1f1b"),
         ("interleaved", {"num_micro_batches": 3}, "multiple of the 2 ranks as number of micro-batches; got 3"),
         ("zb_v", {"num_chunks": 3}, "zb_v has 2 stages on each rank; got num_chunks=3"),

@@ -51,7 +51,8 @@ def assemble(
         modules = made[layer.uses]
         held = [Borrowed(skip, *_place(modules, name)) for name, skip in borrowed.items()]
         foreign = {} if layer.uses in indices else modules
-        steps.append(Step(index, layer.run, [*modules], foreign, held, layer.stashes, layer.pops))
+        title = layer.title if layer.uses == index else f"{index}, again {layer.title}"
+        steps.append(Step(index, title, layer.run, [*modules], foreign, held, layer.stashes, layer.pops))
     own = {path: module for index, modules in made.items() if index in indices for path, module in modules.items()}
     _share(ties, indices, own)
     return Part(own, steps, interval)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
 
 from .costs import Costs
 from .instruction import COMPUTE, Op
@@ -46,8 +47,8 @@ def make_schedule(
     """
     if name not in ORDERS:
         raise ValueError(
-            f"there is no schedule {name!r}; there are {', '.join(TRAINING)}, and make_greedy_schedule; "
-            "for evaluation, forward_only"
+            f"there is no schedule {name!r}{_did_you_mean(name)}; there are {', '.join(TRAINING)}; for evaluation, "
+            "forward_only"
         )
     if num_ranks < 1 or num_micro_batches < 1:
         raise ValueError(f"at least one rank and one micro-batch; got {num_ranks} and {num_micro_batches}")
@@ -63,6 +64,11 @@ def make_schedule(
     made = lower(name, order, placement, num_micro_batches, costs or Costs.uniform(len(placement)), skips=past)
     validate(made)
     return made
+
+
+def _did_you_mean(name: str) -> str:
+    near = get_close_matches(name.casefold().replace("-", "_"), ORDERS, n=1)
+    return f" (did you mean {near[0]!r}?)" if near else ""
 
 
 def make_greedy_schedule(

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from math import ceil
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from torch import nn
 
 from .costs import Costs
 from .measure import measure_costs
@@ -203,14 +206,23 @@ def _of_module(given: argparse.Namespace) -> _Described:
     if missing:
         raise _MistakeError(f"{name} has no {' and no '.join(missing)}: MODEL is module:attribute, --sample a function")
     made = found[attribute]
-    model = made if isinstance(made, PipelineModule) else made()
+    model = _called(given.model, made) if callable(made) and not isinstance(made, nn.Module) else made
     if not isinstance(model, PipelineModule):
         raise _MistakeError(
             f"{given.model} has to be a PipelineModule, or a function that returns one; got {type(model)}"
         )
-    sample, target = found[given.sample](*([] if given.batch is None else [given.batch]))
+    sample, target = _called(given.sample, found[given.sample], *([] if given.batch is None else [given.batch]))
     costs = measure_costs(model, sample, target, repeats=given.repeats, bytes_per_parameter=given.bytes_per_parameter)
     return _Described(costs, model.layer_names)
+
+
+def _called(name: str, function: Callable[..., Any], *arguments: int) -> Any:
+    try:
+        inspect.signature(function).bind(*arguments)
+    except (TypeError, ValueError) as error:
+        given = f"the size given with --batch, {arguments[0]}" if arguments else "no argument"
+        raise _MistakeError(f"{name} is called with {given}: {error}") from error
+    return function(*arguments)
 
 
 if __name__ == "__main__":

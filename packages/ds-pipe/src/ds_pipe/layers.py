@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from .noting import note
 from .stash import Pop, Stash
 
 Modules = Mapping[str, nn.Module]
@@ -97,7 +98,7 @@ class Tie(NamedTuple):
 class Layer(NamedTuple):
     """One layer; see [Note: Layers]."""
 
-    name: str  # of its module, or what errors call it
+    name: str  # of its module, or a number
     kind: str  # class or function
     make: Callable[[], Modules]
     run: Callable[[Modules, Any], Any]
@@ -105,6 +106,11 @@ class Layer(NamedTuple):
     ready: bool  # whether its modules are there before it is asked for them
     stashes: str = ""  # the name under which it keeps its input
     pops: str = ""  # the name of what it gets beside its input, as a pair
+
+    @property
+    def title(self) -> str:
+        """What errors and tables call it."""
+        return f"{self.name} ({self.kind})"
 
     def trained(self) -> int:
         """Return how many parameters are trained; makes nothing that takes memory where the class can do without."""
@@ -165,7 +171,16 @@ def of_module(module: nn.Module, name: str, uses: int, run: Callable[[nn.Module,
 
 
 def _of_spec(spec: LayerSpec, name: str, uses: int, run: Callable[[Any, Any], Any] | None) -> Layer:
-    return Layer(name, _called(spec.typename), lambda: {name: spec.build()}, _runner(name, run), uses, ready=False)
+    kind = _called(spec.typename)
+
+    def make() -> Modules:
+        try:
+            return {name: spec.build()}
+        except Exception as error:
+            note(error, f"where layer {name} ({kind}) is made")
+            raise
+
+    return Layer(name, kind, make, _runner(name, run), uses, ready=False)
 
 
 def of_function(function: Callable[[Any], Any], name: str, index: int) -> Layer:

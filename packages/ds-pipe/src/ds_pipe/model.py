@@ -7,13 +7,14 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from . import causal_lm
 from .assembly import assemble
+from .elsewhere import Elsewhere, refuse_arguments
 from .keyed import kept_generators
 from .layers import Layer, Loan, Tie, layers_of, ties_of_modules, ties_of_specs
 from .partition import balanced, uniform
@@ -47,8 +48,10 @@ class PipelineModule:
             and its index. So initial values do not depend on where the model is cut; with the first, neither on what
             the caller has seeded.
         base_seed: See there.
+        others: None; who gives one of DeepSpeed's is told what to do instead.
 
     Raises:
+        TypeError: Other arguments, or something that is no layer.
         ValueError: No layer, a name that cannot be, or settings that do not fit.
 
     Example:
@@ -71,7 +74,9 @@ class PipelineModule:
         activation_checkpoint_interval: int = 0,
         seed_layers: bool = True,
         base_seed: int = 1234,
+        **others: NoReturn,
     ) -> None:
+        refuse_arguments(others)
         items = list(layers)
         names = [str(index) for index in range(len(items))]
         made = layers_of(items, names)
@@ -85,6 +90,10 @@ class PipelineModule:
         self._base_seed = base_seed if seed_layers else None
         self._stashes = [*pairs_of([layer.stashes for layer in made], [layer.pops for layer in made])]
         self._check()
+
+    parameters = named_parameters = Elsewhere("build() or initialize() makes parameters; leave model_parameters out")
+    to = cuda = Elsewhere("initialize() moves what it makes; to() is a method of what build() returns")
+    train = eval = Elsewhere("train() and eval() are methods of the engine, and of what build() returns")
 
     @classmethod
     def from_sequential(cls, model: nn.Sequential, **settings: Any) -> PipelineModule:
@@ -160,7 +169,7 @@ class PipelineModule:
     def layer_names(self) -> list[str]:
         """What the layers are called, for tables."""
         again = [" again" if layer.uses != index else "" for index, layer in enumerate(self._layers)]
-        return [f"{layer.name} ({layer.kind}){more}" for layer, more in zip(self._layers, again, strict=True)]
+        return [f"{layer.title}{more}" for layer, more in zip(self._layers, again, strict=True)]
 
     def bounds(self, num_stages: int, *, seconds: Sequence[float] | None = None) -> list[int]:
         """Return where to cut: stage s has the layers from ``bounds[s]`` to before ``bounds[s + 1]``, at least one.

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from .handing import Handed
 from .keyed import Key, draw_from, kept_generators
 from .layers import Modules
+from .noting import note
 
 
 class Borrowed(NamedTuple):
@@ -30,6 +31,7 @@ class Step(NamedTuple):
     """One layer of a part."""
 
     layer: int  # its index in the whole model
+    title: str  # what errors call it
     run: Callable[[Modules, Any], Any]
     paths: Sequence[str]  # of its modules in the part, where they are looked up: whoever replaces one is heard
     foreign: Modules  # modules of another part; else none
@@ -129,7 +131,12 @@ class Part(nn.Sequential):
                         stack.enter_context(_lending(borrowed, lent[borrowed.skip]))
                     if step.stashes:
                         kept[step.stashes] = pytree.tree_map_only(Tensor, lambda leaf: leaf.view_as(leaf), value)
-                    value = step.run(modules, (value, kept.pop(step.pops)) if step.pops else value)
+                    given = (value, kept.pop(step.pops)) if step.pops else value
+                    try:
+                        value = step.run(modules, given)
+                    except Exception as error:
+                        note(error, f"in layer {step.title}")
+                        raise
         return value, kept
 
 

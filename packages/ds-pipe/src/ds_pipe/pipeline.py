@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .alarm import Alarm, PipelineError
 from .instruction import COMPUTE, Instruction, Op, Value
 from .messages import Arrival, MessageError, Messages
+from .noting import told
 from .schedule import Row, Schedule, splits_backward
 from .skips import Skip, leaving
 from .stage import Kept, Stage
@@ -252,11 +253,11 @@ class Pipeline:
         """Tell all ranks; raise what says where this one was, unless that was before the first instruction."""
         where = step.where(self._row)
         kind = "" if isinstance(error, MessageError) else f"{type(error).__name__}: "
-        text = f"rank {self.rank}{self._of} failed {where}: {kind}{error}"
+        text = f"rank {self.rank}{self._of} failed {where}: {kind}{told(error)}"
         lost = [error.peer] if isinstance(error, MessageError) else []
         cause = text if self._alarm is None else self._alarm.raise_all(text, lost)
         if cause != text:
-            text = f"rank {self.rank}{self._of} ends {where}: {kind}{error}\nbecause {cause}"
+            text = f"rank {self.rank}{self._of} ends {where}: {kind}{told(error)}\nbecause {cause}"
         if step.at >= 0:
             raise PipelineError(text) from error
 
