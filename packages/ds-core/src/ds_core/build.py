@@ -17,7 +17,8 @@ from torch.utils.data import Dataset
 
 from . import config as configuration
 from . import registry
-from ._control import make_control
+from ._control import make_control, together
+from .agreement import check_agreed
 from .axes import data_axis, make_axes
 from .collaborators import ClientOptimizer, ClientSchedule, Given, make_context, outfit, shard_whole
 from .data import TrainLoader
@@ -88,22 +89,23 @@ def initialize(
         True
     """
     group = group if group is not None else join_group()
-    source = configuration.read(config)
+    device = local_device(group, model if isinstance(model, nn.Module) else nn.Identity())
+    control = make_control(group, message_device(group, device))
+    with together(control):
+        source = configuration.read(config)
+    check_agreed(source, control)
     given = Given(optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
     num_tensor_ranks = configuration.num_tensor_ranks(source)
     if isinstance(model, nn.Module):
-        device = local_device(group, model)
         alone = num_tensor_ranks == 1
         axes = data_axis(group) if alone else make_axes(group, 1, device.type, num_tensor_ranks)
     else:
-        device = local_device(group, nn.Identity())
         num_pipe_ranks = num_pipeline_ranks(model, source, group, num_tensor_ranks)
         axes = make_axes(group, num_pipe_ranks, device.type, num_tensor_ranks)
     settings = configuration.parse(source, axes.num_data_ranks, registry.load, client_optimizer=optimizer is not None)
     if axes.data_rank == axes.pipe_rank == axes.tensor_rank == 0:
         configuration.announce(settings)
     context = make_context(settings, axes.data, device)
-    control = make_control(group, message_device(group, device))
     splitting = make_splitting(settings, context, axes)
     make: Callable[..., Engine]
     sharded: Sharded

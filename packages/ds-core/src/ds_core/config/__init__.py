@@ -6,6 +6,7 @@ from .schema import schema
 from .sections import ActivationCheckpointing, Choice, Config, Fp16
 from .show import announce, effective
 from .source import Source, read
+from .strip import with_effect
 from .tensor import num_tensor_ranks
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "parse",
     "read",
     "schema",
+    "with_effect",
 ]

@@ -46,6 +46,23 @@ def strip(raw: Mapping[str, Json]) -> Stripped:
     return Stripped(kept, work.no_effect)
 
 
+def with_effect(raw: Mapping[str, Json], section: str = "") -> dict[str, Json]:
+    """Return the values that a configuration has, by dotted path, without keys that have no effect.
+
+    Example:
+        >>> with_effect({"steps_per_print": 1, "zero_optimization": {"stage": 2, "overlap_comm": True}})
+        {'zero_optimization.stage': 2}
+    """
+    found: dict[str, Json] = {}
+    for key, value in raw.items():
+        path = f"{section}.{key}" if section else key
+        if isinstance(value, Mapping) and value:
+            found |= with_effect(value, path)
+        elif path not in NO_EFFECT and path not in UNAVAILABLE and _wildcard_reason(path) is None:
+            found[path] = value
+    return found
+
+
 def known_keys(section: str = "") -> set[str]:
     """Return the keys right below a dotted path that the two tables know; ``*`` where any is allowed."""
     prefix = f"{section}." if section else ""
