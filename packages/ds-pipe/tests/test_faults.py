@@ -67,9 +67,20 @@ def test_too_few_micro_batches_on_one_rank() -> None:
 
 def test_ranks_that_disagree_on_the_number_of_micro_batches() -> None:
     ended, others = launch("count", 2)
-    assert ended.out.startswith("ValueError rank 0 runs another schedule, 1f1b of 3 ranks and 4 micro-batches")
+    assert ended.out.startswith("ValueError rank 0 runs another schedule or model, 1f1b of 3 ranks and 4 micro-batches")
     for text in others:
         assert "because rank 2 failed before its first instruction: ValueError: rank 0 runs another" in text
+
+
+def test_ranks_that_describe_different_models() -> None:
+    ended, others = launch("model", 1)
+    what = r"1f1b of 3 ranks and 4 micro-batches \(\w{12}\), "
+    here, there = r"4 layers \(4 Linear\) cut at \[0, \d, \d, 4\]", r"3 layers \(3 Linear\) cut at \[0, 1, 2, 3\]"
+    assert re.match(
+        rf"ValueError rank 0 runs another schedule or model, {what}{there} .*; this rank .*{here}", ended.out
+    )
+    for text in others:
+        assert "because rank 1 failed before its first instruction: ValueError: rank 0 runs another" in text
 
 
 def test_a_value_that_does_not_travel() -> None:

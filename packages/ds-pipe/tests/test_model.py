@@ -504,6 +504,25 @@ def divided(module: nn.Module, value: Tensor) -> Tensor:
     return value * (1 // 0)
 
 
+def test_outlines_tell_models_apart() -> None:
+    def outline(*layers: Any, bounds: tuple[int, ...] = (0, 1, 3)) -> str:
+        return PipelineModule(layers).outline(bounds)
+
+    tied = [TiedLayerSpec(key, nn.Linear, 2, 2) for key in "ab"]
+    rows = [
+        (nn.Tanh(), LayerSpec(nn.Linear, 2, 2), lambda value: value),
+        (nn.Tanh(), nn.Linear(2, 2), to_tuple),
+        (nn.Tanh(), nn.Tanh(), nn.Linear(2, 2)),
+        (tied[0], tied[0], tied[0]),
+        (tied[0], tied[1], tied[0]),
+        (*[LayerSpec(nn.Linear, 2, 2)] * 4,),
+        (*[LayerSpec(nn.Linear, 2, 2)] * 5,),
+    ]
+    found = [outline(*row) for row in rows]
+    assert len({*found, outline(*rows[0], bounds=(0, 2, 3))}) == len(rows) + 1
+    assert outline(nn.Tanh(), LayerSpec(nn.Linear, 2, 2), lambda value: value) == found[0]  # of other objects
+
+
 def test_what_a_description_looks_like() -> None:
     few = PipelineModule([nn.Embedding(3, 2), *[nn.Linear(2, 2) for _ in range(6)], nn.Tanh()], num_stages=2)
     assert repr(few) == "PipelineModule of 8 layers, 1 Embedding, 6 Linear, 1 Tanh; num_stages=2, 0 tied, without loss"

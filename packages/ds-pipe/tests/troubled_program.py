@@ -9,10 +9,14 @@ import os
 import signal
 import sys
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from ds_pipe import Pipeline, make_schedule
+from ds_pipe import LayerSpec, Pipeline, PipelineModule, Schedule, make_schedule
+from ds_pipe.config import PipeConfig
+from ds_pipe.pipeline import Whole
+from ds_pipe.plugin import PipeBuilder
 from torch import Tensor, nn
 
 WIDTH, MICRO_BATCHES, TROUBLED = 4, 4, 2  # micro-batch
@@ -47,6 +51,21 @@ def store() -> dist.Store:
     return dist.distributed_c10d._get_default_store()
 
 
+class Batches(NamedTuple):
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    keys: range
+
+
+def train_described(schedule: Schedule, num_layers: int, batches: Batches) -> None:
+    described = PipelineModule(
+        [LayerSpec(nn.Linear, WIDTH, WIDTH) for _ in range(num_layers)], loss_fn=nn.functional.mse_loss
+    )
+    builder = PipeBuilder(lambda _ranks, _count: schedule, bounds=None, config=PipeConfig(timeout=40.0))
+    stages = builder.cut(described, rank=dist.get_rank(), num_ranks=schedule.num_ranks, num_micro_batches=MICRO_BATCHES)
+    stages.connect(dist.group.WORLD, Whole(), seed=0).train(batches, scale=1.0)
+
+
 def main() -> None:
     what, troubled = sys.argv[1], int(sys.argv[2])
     dist.init_process_group("gloo", init_method="env://")
@@ -64,7 +83,11 @@ def main() -> None:
         if in_trouble and step == 1 and what == "few":
             inputs.pop()
         try:
-            pipeline.run(inputs, [torch.zeros(2, WIDTH)] * count)
+            targets = [torch.zeros(2, WIDTH)] * count
+            if what == "model":
+                train_described(schedule, size + in_trouble, Batches(inputs, targets, range(count)))
+            else:
+                pipeline.run(inputs, targets)
         except (RuntimeError, ValueError) as error:
             sys.stdout.write(f"{type(error).__name__} {error}\n")
             sys.stdout.flush()

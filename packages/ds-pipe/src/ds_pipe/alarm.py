@@ -66,7 +66,7 @@ class Alarm:
             raise ValueError(f"rank 0 has made no pipeline within {seconds:g} s: {error}") from error
         offered = self._store.get("agreed").decode()
         if offered != text:
-            raise ValueError(f"rank 0 runs another schedule, {offered}; this rank runs {text}")
+            raise ValueError(f"rank 0 runs another schedule or model, {offered}; this rank runs {text}")
 
     def raise_all(self, text: str, lost: Sequence[int] = ()) -> str:
         """End all ranks.

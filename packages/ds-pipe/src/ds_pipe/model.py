@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
@@ -170,6 +171,21 @@ class PipelineModule:
         """What the layers are called, for tables."""
         again = [" again" if layer.uses != index else "" for index, layer in enumerate(self._layers)]
         return [f"{layer.title}{more}" for layer, more in zip(self._layers, again, strict=True)]
+
+    def outline(self, bounds: Sequence[int]) -> str:
+        """Return a short text that differs for other classes of layers, ties, or cuts: all ranks describe one model.
+
+        Args:
+            bounds: As of :meth:`bounds`.
+
+        Example:
+            >>> model = PipelineModule([nn.Linear(2, 2), nn.Linear(2, 2), nn.Tanh()])
+            >>> model.outline([0, 2, 3])[:45]
+            '3 layers (2 Linear, 1 Tanh) cut at [0, 2, 3] '
+        """
+        ties = [(key, tie.layers, tie.names) for key, tie in self.ties.items()]
+        content = hashlib.sha256(repr((self.layer_names, ties)).encode()).hexdigest()[:12]
+        return f"{self.num_layers} layers ({self._runs()}) cut at {[*bounds]} ({content})"
 
     def bounds(self, num_stages: int, *, seconds: Sequence[float] | None = None) -> list[int]:
         """Return where to cut: stage s has the layers from ``bounds[s]`` to before ``bounds[s + 1]``, at least one.

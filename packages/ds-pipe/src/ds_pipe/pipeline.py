@@ -105,6 +105,7 @@ class Pipeline:
         timeout: How long a message may take; then, as after any failure, all ranks end with the cause, and the group is
             closed.
         lends: By name of each constant skip that leaves a stage of this rank, the weight that it is; see ``Borrower``.
+        model: A text that all ranks have to give alike, as ``PipelineModule.outline`` returns.
 
     Raises:
         ValueError: The stages, the weights or the group are not those of the schedule.
@@ -129,6 +130,7 @@ class Pipeline:
         parameters: Parameters | None = None,
         timeout: timedelta = timedelta(minutes=10),
         lends: Mapping[str, Tensor] = MappingProxyType({}),
+        model: str = "",
     ) -> None:
         self.rank, size = (0, 1) if group is None else (dist.get_rank(group), dist.get_world_size(group))
         own, last = schedule.stages_of(self.rank), schedule.num_stages - 1
@@ -162,12 +164,13 @@ class Pipeline:
         self._program = _with_early_receives(self._row, _EARLY)
         self._messages: Messages | None = None
         self._alarm: Alarm | None = None
-        self._agreed = group is None  # whether all ranks run this schedule
+        self._agreed = group is None  # whether all ranks run this schedule and model
+        self._whole = ", ".join(filter(None, [_digest(schedule), model]))
         if group is not None:
             names = [skip.name for skip in schedule.skips]
             self._messages = Messages(group, schedule.num_micro_batches, timeout, names)
             self._alarm = Alarm(group, timeout, self._messages.hang_up)
-            self._alarm.offer(_digest(schedule))
+            self._alarm.offer(self._whole)
         self._parameters = parameters or Whole()
 
     def run(
@@ -194,7 +197,7 @@ class Pipeline:
 
         Raises:
             PipelineError: This rank or another one cannot go on; names rank, instruction, message and cause.
-            ValueError: Too few micro-batches, or the ranks run different schedules.
+            ValueError: Too few micro-batches, or the ranks run different schedules or models.
         """
         scale = 1 / self.schedule.num_micro_batches if scale is None else scale
         around = around or _nothing_around
@@ -246,7 +249,7 @@ class Pipeline:
         if last in self._stages and self.schedule.trains and len(targets) != count:
             raise ValueError(f"the last stage needs {count} targets; got {len(targets)}")
         if self._alarm is not None and not self._agreed:
-            self._alarm.compare(_digest(self.schedule))
+            self._alarm.compare(self._whole)
             self._agreed = True
 
     def _fail(self, step: _Step, error: Exception) -> None:

@@ -74,6 +74,7 @@ class Cut:
         shared: Names of the parameters that several stages have in common.
         timeout: How long a message may take.
         replan: Steps after which a schedule is made for what they have cost; None: never.
+        model: A text of the whole model, the same on all ranks.
     """
 
     def __init__(
@@ -86,6 +87,7 @@ class Cut:
         shared: Collection[str],
         timeout: timedelta,
         replan: int | None,
+        model: str,
     ) -> None:
         self.modules = parts
         self.shared = shared
@@ -96,6 +98,7 @@ class Cut:
         self._lent = lent
         self._timeout = timeout
         self._replan = replan
+        self._model = model
 
     def connect(self, group: dist.ProcessGroup | None, parameters: StageParameters, *, seed: int) -> StagePipeline:
         """Return the pipeline over the ranks of ``group``."""
@@ -110,6 +113,7 @@ class Cut:
                 parameters=parameters,
                 lends=lends,
                 timeout=self._timeout,
+                model=self._model,
             )
 
         evaluation = connected(evaluation_of(self._schedule))
@@ -193,6 +197,7 @@ class PipeBuilder:
             shared={loan.weight for loan in loans},
             timeout=timedelta(seconds=self._config.timeout),
             replan=self._config.replan,
+            model=model.outline(bounds),
         )
 
 
