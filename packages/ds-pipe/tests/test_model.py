@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pydoc
 from collections import OrderedDict
 from collections.abc import Callable
 from itertools import pairwise
@@ -447,6 +448,7 @@ def test_a_description_is_no_module(name: str) -> None:
     with pytest.raises(AttributeError, match=r"is a description, not a module: .*(initialize|engine)"):
         getattr(described, name)
     assert not hasattr(described, name)
+    assert "partition_method" in pydoc.render_doc(PipelineModule)  # as help() prints
 
 
 @pytest.mark.parametrize(
