@@ -29,6 +29,7 @@ def start(rank: Rank, sources: list[Any]) -> str:
         ({"gradient_clipping": 0.5}, "gradient_clipping is 0.5 on rank 1, and missing on rank 0"),
         ({"gradient_clipping": None}, "gradient_clipping is null on rank 1, and missing on rank 0"),
         ({"optimizer": {"type": "Adam", "params": {"lr": 1e-2}}}, 'optimizer.type is "Adam" on rank 1, and "AdamW" on'),
+        ({"sparse_gradients": True}, "sparse_gradients is true on rank 1, and missing on rank 0"),
         ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size is 2 on rank 1, and missing on rank 0"),
     ],
 )
@@ -42,12 +43,17 @@ def test_the_key_is_named_on_all_ranks(ranks: RankPool, changed: dict[str, Any],
 
 def test_what_has_no_effect_may_differ(ranks: RankPool) -> None:
     own = {"steps_per_print": 10, "tensorboard": {"enabled": False, "output_path": "a"}, "kernels": {"backend": "auto"}}
+    own |= {"fp16": {}, "sparse_gradients": False}
     assert ranks.run(start, [BASE, BASE | own], size=2) == ["started", "started"]
 
 
-def test_a_file_that_one_rank_does_not_have(ranks: RankPool) -> None:
-    found = ranks.run(start, [BASE, "nowhere.json"], size=2)
-    assert found[0] == found[1]
-    assert found[0].startswith("RankError")
-    assert "rank 1" in found[0]
-    assert "nowhere.json" in found[0]
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [("nowhere.json", "nowhere.json"), (BASE | {"kernels": {"bakend": "cpu"}}, "unknown key kernels.bakend")],
+)
+def test_what_is_wrong_on_one_rank_ends_all(ranks: RankPool, wrong: Any, told: str) -> None:
+    good, bad = ranks.run(start, [BASE, wrong], size=2)
+    assert good.startswith("RankError: rank 1: ValueError: ")
+    assert bad.startswith("ValueError: ")
+    assert told in good
+    assert told in bad

@@ -137,6 +137,9 @@ def test_a_pipeline_needs_no_name():
     load = Plugins(pipe=FakePlugin(Settings), mine=FakePlugin(Settings))
     chosen = parsed(load, pipeline={"stage": 3, "partition": "best"}).plugins["pipeline"]
     assert (chosen.name, chosen.config) == ("pipe", Settings(stage=3))
+    for open_ in (None, "auto"):
+        chosen = parsed(load, pipeline={"stage": 3, "activation_checkpoint_interval": open_}).plugins["pipeline"]
+        assert chosen.config == Settings(stage=3)
     assert parsed(load, pipeline={"name": "mine"}).plugins["pipeline"].name == "mine"
     with pytest.raises(ValueError, match="stagse"):
         parsed(load, pipeline={"stagse": 4})

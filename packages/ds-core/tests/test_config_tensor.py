@@ -57,6 +57,10 @@ def test_all_spellings_of_the_number_of_ranks_are_one(section):
     [
         {"autotp_size": 0},
         {"enabled": False, "tp_size": 1},
+        {"enabled": False},
+        {"enabled": True, "tp_size": 1},
+        {"enabled": True, "tp": {"tp_size": 1}},
+        {"enabled": "auto", "autotp_size": 0},
         {"autotp_size": 1, "tp": {"tp_size": 1}},
         {"blocks": 1},
         {"tp": {"tp_size": "auto"}},
@@ -85,8 +89,8 @@ def test_a_section_that_asks_for_nothing_needs_no_size(section):
         ({"tpsize": 2}, "tensor_parallel.tpsize = 2 and no number of ranks; did you mean 'tp_size'?: say over how"),
         ({"autotp": 2}, "tensor_parallel.autotp = 2 and no number of ranks; did you mean 'autotp_size'?"),
         ({"size": 2}, "tensor_parallel.size = 2 and no number of ranks"),
-        ({"enabled": True, "autotp_size": 1}, "tensor_parallel.enabled is true, and no layer is split: say over how"),
         ({"enabled": False, "tp_size": 2}, "tensor_parallel.enabled is false, and tensor_parallel.tp_size asks for"),
+        ({"enabled": False, "blocks": 2}, "tensor_parallel.enabled is false, and tensor_parallel.blocks asks for"),
         ({"enabled": "yes", "tp_size": 2}, "tensor_parallel.enabled must be true or false; got 'yes'"),
     ],
 )
@@ -99,8 +103,9 @@ def test_a_model_is_never_left_whole_in_silence(section, message):
 
 
 def test_blocks_alone_split_a_model_on_one_rank():
-    config = parse({**SIZES, "tensor_parallel": {"autotp_size": 1, "blocks": 4}}, 1, load)
-    assert config.plugins["tensor_parallel"].config == Settings(blocks=4)
+    for switch in ({}, {"enabled": True}, {"enabled": "auto"}):
+        config = parse({**SIZES, "tensor_parallel": {"autotp_size": 1, "blocks": 4, **switch}}, 1, load)
+        assert config.plugins["tensor_parallel"].config == Settings(blocks=4)
 
 
 @pytest.mark.parametrize("size", [True, "two", 0.5, -1])

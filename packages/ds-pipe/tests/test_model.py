@@ -173,23 +173,28 @@ class Counted(nn.Linear):
 
 
 def test_layers_are_recomputed_and_weight_gradients_stay_deferred() -> None:
-    specs = [LayerSpec(Counted, 4, 4) for _ in range(4)]
+    specs = [LayerSpec(Counted, *sizes) for sizes in ((4, 5), (5, 3), (3, 6), (6, 2))]
+    whole = PipelineModule(specs).build(0, 4)
+    given = torch.randn(3, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    whole(given).square().sum().backward()
     part = PipelineModule(specs, activation_checkpoint_interval=2).build(0, 4)
     from ds_pipe.deferred import DeferredWeights
 
     Counted.passes = 0
     later = DeferredWeights()
     with later:
-        out = part(torch.ones(3, 4, requires_grad=True))
+        out = part(given).square().sum()
     assert Counted.passes == 4
-    with later:
-        out.sum().backward()
+    (grad,) = later.grad([out], [None], [given])
     assert Counted.passes == 8
+    assert grad is not None
+    assert given.grad is not None
+    assert torch.equal(grad, given.grad)
     assert all(p.grad is None for p in part.parameters())
     later.settle()
-    assert all(p.grad is not None for p in part.parameters())
+    assert_equal({n: p.grad for n, p in part.named_parameters()}, {n: p.grad for n, p in whole.named_parameters()})
     with torch.no_grad():
-        part(torch.ones(3, 4))
+        part(given)
     assert Counted.passes == 12
 
 
@@ -240,6 +245,58 @@ def test_layers_may_have_checkpoints_of_their_own(name: str, interval: int) -> N
     (want_losses, want), (losses, found) = results
     assert losses == want_losses
     assert_equal(found, want)
+
+
+class Again(torch.autograd.Function):
+    """Runs a layer again in its backward pass, and computes its gradients there: of copies, or of the weights."""
+
+    @staticmethod
+    def forward(ctx: Any, given: Tensor, weight: Tensor, bias: Tensor, copies: bool) -> Tensor:
+        ctx.save_for_backward(given, weight, bias)
+        ctx.copies = copies
+        return functional.linear(given, weight, bias).tanh()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        given, weight, bias = ctx.saved_tensors
+        if ctx.copies:
+            weight, bias = weight.detach().requires_grad_(), bias.detach().requires_grad_()
+        given = given.detach().requires_grad_()
+        with torch.enable_grad():
+            out = functional.linear(given, weight, bias).tanh()
+        if ctx.copies:
+            torch.autograd.backward(out, grads)
+            return given.grad, weight.grad, bias.grad, None
+        return *torch.autograd.grad(out, [given, weight, bias], grads), None
+
+
+class RunsAgain(nn.Module):
+    def __init__(self, copies: bool) -> None:
+        super().__init__()
+        self.copies, self.layer = copies, nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, given: Tensor) -> Tensor:
+        return Again.apply(given, self.layer.weight, self.layer.bias, self.copies)  # type: ignore[no-any-return, no-untyped-call]  # torch's
+
+
+@pytest.mark.parametrize("name", ["zb_h1", "zb_v"])
+@pytest.mark.parametrize("copies", [True, False])
+def test_functions_may_compute_gradients_of_their_own(name: str, copies: bool) -> None:
+    head = LayerSpec(nn.Linear, WIDTH, WORDS)
+    described = PipelineModule([LayerSpec(nn.Embedding, WORDS, WIDTH), *2 * [LayerSpec(RunsAgain, copies)], head])
+    want_losses, want = gradients([described.build(0, 4)], "gpipe")
+    losses, found = gradients(parts_of(described, [0, 2, 4] if name == "zb_v" else [0, 4]), name)
+    assert losses == want_losses
+    assert_equal(found, want)
+    assert len(found) == 1 + 2 * 2 + 2
+
+
+@pytest.mark.parametrize("name", ["gpipe", "zb_h1"])
+def test_a_loss_is_a_scalar(name: str) -> None:
+    schedule = make_schedule(name, num_ranks=1, num_micro_batches=1)
+    pipeline = Pipeline(schedule, {0: nn.Linear(2, 3)}, None, loss=lambda out, target: (out - target).square())
+    with pytest.raises((ValueError, RuntimeError), match="scalar"):
+        pipeline.run([torch.ones(4, 2)], [torch.ones(4, 3)])
 
 
 @pytest.mark.parametrize(("said", "configured", "passes"), [(0, 2, 8), (2, 0, 8), (0, 0, 4)])

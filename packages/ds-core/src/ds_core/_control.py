@@ -9,7 +9,7 @@ import ctypes
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -195,6 +195,32 @@ def together(control: Control) -> Iterator[None]:
         if control.size == 1:
             raise
         control.all_ok(f"{type(error).__name__}: {error}")
+        raise
+    control.all_ok(None)
+
+
+@contextmanager
+def all_or_none(control: Control) -> Iterator[None]:
+    """As :func:`together`, but a rank on which the block fails raises its own error, of its own type.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        RankError: The block failed on other ranks only; the text names them and their errors.
+
+    Example:
+        >>> with all_or_none(make_control(None)):
+        ...     raise OSError("disk full")
+        Traceback (most recent call last):
+        ...
+        OSError: disk full
+    """
+    try:
+        yield
+    except Exception as error:
+        with suppress(RankError):
+            control.all_ok(f"{type(error).__name__}: {error}")
         raise
     control.all_ok(None)
 

@@ -13,7 +13,7 @@ from .config import with_effect
 if TYPE_CHECKING:
     from .protocols import Json
 
-_OWN = "kernels."  # a rank may have its own: what they compute is the same
+_OWN = "kernels"  # a rank may have its own: what they compute is the same
 
 
 def check_agreed(source: Mapping[str, Json], control: Control) -> None:
@@ -28,7 +28,7 @@ def check_agreed(source: Mapping[str, Json], control: Control) -> None:
         >>> from ._control import make_control
         >>> check_agreed({"train_batch_size": 8}, make_control(None))
     """
-    own = {path: value for path, value in with_effect(source).items() if not path.startswith(_OWN)}
+    own = {path: value for path, value in with_effect(source).items() if path.split(".")[0] != _OWN}
     digest = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()
     digests = everybody(control, digest)
     others = [rank for rank, each in enumerate(digests) if each != digests[0]]

@@ -6,8 +6,10 @@ pass and leaves a note of what the gradients of weight and bias need. ``settle``
 autograd as gradients of the parameters, together with those of other layers, which ``keep`` has taken from the backward
 pass: hooks run and sums are formed as always, with the same bits, and in one pass.
 
-The backward pass runs under it, too: a checkpoint in a layer, whoever has made it, runs the layer again there, and has
-to keep what the first run would have kept. autograd carries a mode over to its threads.
+The backward pass, :meth:`DeferredWeights.grad`, runs under it, too: a checkpoint in a layer, whoever has made it, runs
+the layer again there, and has to keep what the first run would have kept. So what was put off in the forward pass is
+put off again, and nothing else: a function of one's own may run layers in its backward pass and ask for their
+gradients there. autograd carries a mode over to its threads.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch.overrides import TorchFunctionMode
 
 
 class DeferredWeights(TorchFunctionMode):
-    """A context for a forward and its backward pass; see [Note: Deferred weights].
+    """A context for a forward pass, and its backward pass; see [Note: Deferred weights].
 
     Memory: the input and the output's gradient of each layer, from the backward pass to ``settle``.
 
@@ -31,8 +33,10 @@ class DeferredWeights(TorchFunctionMode):
 
     Example:
         >>> layer, later = torch.nn.Linear(2, 1), DeferredWeights()
+        >>> given = torch.ones(3, 2, requires_grad=True)
         >>> with later:
-        ...     layer(torch.ones(3, 2, requires_grad=True)).sum().backward()
+        ...     out = layer(given).sum()
+        >>> (grad,) = later.grad([out], [None], [given])
         >>> layer.weight.grad is None
         True
         >>> later.settle()
@@ -43,6 +47,8 @@ class DeferredWeights(TorchFunctionMode):
     def __init__(self, at_once: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self._at_once: set[Tensor | None] = {*at_once}  # by identity
+        self._put_off: set[Tensor] = set()  # weights, of the forward pass
+        self._goes_back = False
         self._notes: list[tuple[Tensor, Tensor, Tensor, Tensor | None]] = []
         self._known: dict[Tensor, Tensor] = {}  # gradients that need not be computed any more
 
@@ -58,21 +64,28 @@ class DeferredWeights(TorchFunctionMode):
         plain = not weight.requires_grad or not weight.is_leaf or (bias is not None and not bias.is_leaf)
         if plain or not input.requires_grad or not self._at_once.isdisjoint((weight, bias)):
             return functional.linear(input, weight, bias)
+        if self._goes_back and weight not in self._put_off:
+            return functional.linear(input, weight, bias)
+        self._put_off.add(weight)
         out: Tensor = _Linear.apply(input, _Uses(weight, bias, self._notes))  # type: ignore[no-untyped-call]  # torch's
         return out
 
     def grad(
         self, roots: Sequence[Tensor], root_grads: Sequence[Tensor | None], leaves: Sequence[Tensor]
     ) -> list[Tensor | None]:
-        """Return the gradients of leaves, without what is deferred; ``torch.autograd.grad`` sets modes aside.
+        """Return the gradients of leaves, without what is deferred; the functions of torch set modes aside.
 
         Args:
             roots: Where the backward pass begins.
             root_grads: Of each; None for a scalar: 1.
             leaves: None is returned for those that are not used.
+
+        Raises:
+            ValueError: There is no gradient of a root that is no scalar.
         """
-        grads = tuple(torch.ones_like(root) if g is None else g for root, g in zip(roots, root_grads, strict=True))
+        grads = tuple(_one(root) if grad is None else grad for root, grad in zip(roots, root_grads, strict=True))
         engine = torch.autograd.Variable._execution_engine
+        self._goes_back = True
         with self:
             found = engine.run_backward(
                 tuple(roots),
@@ -107,6 +120,12 @@ class DeferredWeights(TorchFunctionMode):
         del products
         if grads or late:
             torch.autograd.backward([*grads, *late], [*grads.values(), *(torch.empty_like(node) for node in late)])
+
+
+def _one(root: Tensor) -> Tensor:
+    if root.numel() != 1:
+        raise ValueError(f"a backward pass begins at a scalar, the loss; got shape {tuple(root.shape)}: take its mean")
+    return torch.ones_like(root)
 
 
 class _Uses(NamedTuple):

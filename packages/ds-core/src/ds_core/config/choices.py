@@ -51,7 +51,8 @@ def plugins(raw: Mapping[str, Json], load_plugin: LoadPlugin) -> dict[str, Choic
             name = params.get("name", DEFAULT_NAMES.get(role))
             if not isinstance(name, str):
                 raise ValueError(f"{role} must name its plugin: {{'name': ..., <settings>}}; got {raw[role]!r}")
-            rest = {key: value for key, value in params.items() if key != "name"}
+            taken = {"name", *(key for key in _IDLE if role in DEFAULT_NAMES and params.get(key) in (None, "auto"))}
+            rest = {key: value for key, value in params.items() if key not in taken}
             found[role] = _choice(role, name, rest, role, load_plugin)
     return found
 

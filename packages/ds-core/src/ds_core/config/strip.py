@@ -56,9 +56,10 @@ def with_effect(raw: Mapping[str, Json], section: str = "") -> dict[str, Json]:
     found: dict[str, Json] = {}
     for key, value in raw.items():
         path = f"{section}.{key}" if section else key
-        if isinstance(value, Mapping) and value:
+        is_off = path in UNAVAILABLE and _is_off(value, UNAVAILABLE[path])
+        if isinstance(value, Mapping):
             found |= with_effect(value, path)
-        elif path not in NO_EFFECT and path not in UNAVAILABLE and _wildcard_reason(path) is None:
+        elif not is_off and path not in NO_EFFECT and _wildcard_reason(path) is None:
             found[path] = value
     return found
 

@@ -44,9 +44,10 @@ def as_one_size(raw: Mapping[str, Json]) -> dict[str, Json]:
     if len({repr(value) for value in asking.values()}) > 1:
         both = " and ".join(f"{path} = {value!r}" for path, value in asking.items())
         raise ValueError(f"{both} each say how many ranks a layer is split over; keep one")
-    _check_switch(section, [*asking])
+    blocks = [f"{SECTION}.blocks"] if kept.get("blocks", 1) != 1 else []
+    _check_switch(section, [*asking, *blocks])
+    kept.pop(_SWITCH, None)
     if asking:
-        kept.pop(_SWITCH, None)
         kept[_SIZE] = next(iter(asking.values()))
     return {**raw, SECTION: kept}
 
@@ -54,14 +55,14 @@ def as_one_size(raw: Mapping[str, Json]) -> dict[str, Json]:
 def _check_switch(section: Mapping[str, Json], asking: Sequence[str]) -> None:
     """Refuse a section that asks for a split model and does not say over how many ranks, or that says both."""
     switch = section.get(_SWITCH)
-    if switch not in (None, True, False):
+    if switch not in (None, "auto", True, False):
         raise ValueError(f"{SECTION}.{_SWITCH} must be true or false; got {switch!r}")
-    if switch is False and asking:
-        raise ValueError(f"{SECTION}.{_SWITCH} is false, and {asking[0]} asks for ranks to split layers over; keep one")
+    if switch is False:
+        if asking:
+            raise ValueError(f"{SECTION}.{_SWITCH} is false, and {asking[0]} asks for layers to be split; keep one")
+        return
     nested = [section[key] for key in _NESTED if key in section]
     if section.keys() & {*_SIZES, "blocks"} or any(isinstance(each, Mapping) and "tp_size" in each for each in nested):
-        if switch and not asking and section.get("blocks") in (None, 1):
-            raise ValueError(f"{SECTION}.{_SWITCH} is true, and no layer is split: {_SAY}")
         return
     wants = [key for key, value in section.items() if key not in _QUIET and value not in (None, "auto", False, {}, [])]
     if wants:
