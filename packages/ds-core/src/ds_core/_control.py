@@ -9,7 +9,7 @@ import ctypes
 import json
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -166,7 +166,7 @@ def everybody(control: Control, own: Json) -> list[Any]:
 
 
 @contextmanager
-def together(control: Control) -> Iterator[None]:
+def together(control: Control, *, own_type: bool = False) -> Iterator[None]:
     """Let all ranks leave the block, or raise on all of them.
 
     Without it, an error on one rank would leave the others waiting in their next collective. For the same
@@ -174,6 +174,7 @@ def together(control: Control) -> Iterator[None]:
 
     Args:
         control: The ranks.
+        own_type: Whether a rank on which the block fails raises its own error, as the caller of one rank expects it.
 
     Yields:
         Nothing.
@@ -194,32 +195,7 @@ def together(control: Control) -> Iterator[None]:
     except Exception as error:
         if control.size == 1:
             raise
-        control.all_ok(f"{type(error).__name__}: {error}")
-        raise
-    control.all_ok(None)
-
-
-@contextmanager
-def all_or_none(control: Control) -> Iterator[None]:
-    """As :func:`together`, but a rank on which the block fails raises its own error, of its own type.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RankError: The block failed on other ranks only; the text names them and their errors.
-
-    Example:
-        >>> with all_or_none(make_control(None)):
-        ...     raise OSError("disk full")
-        Traceback (most recent call last):
-        ...
-        OSError: disk full
-    """
-    try:
-        yield
-    except Exception as error:
-        with suppress(RankError):
+        with suppress(RankError) if own_type else nullcontext():
             control.all_ok(f"{type(error).__name__}: {error}")
         raise
     control.all_ok(None)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from . import config as configuration
 from . import registry
-from ._control import all_or_none, make_control
+from ._control import make_control, together
 from .agreement import check_agreed
 from .axes import data_axis, make_axes
 from .collaborators import ClientOptimizer, ClientSchedule, Given, make_context, outfit, shard_whole
@@ -92,7 +92,7 @@ def initialize(
     group = group if group is not None else join_group()
     device = local_device(group, model if isinstance(model, nn.Module) else nn.Identity())
     control = make_control(group, message_device(group, device))
-    with all_or_none(control):
+    with together(control, own_type=True):
         source = configuration.read(config)
     check_agreed(source, control)
     given = Given(optimizer, model_parameters, training_data, lr_scheduler, collate_fn)
@@ -103,7 +103,7 @@ def initialize(
     else:
         num_pipe_ranks = num_pipeline_ranks(model, source, group, num_tensor_ranks)
         axes = make_axes(group, num_pipe_ranks, device.type, num_tensor_ranks)
-    with all_or_none(control):  # a plugin may be missing on one of them
+    with together(control, own_type=True):  # a plugin may be missing on one of them
         settings = configuration.parse(
             source, axes.num_data_ranks, registry.load, client_optimizer=optimizer is not None
         )
