@@ -87,17 +87,18 @@ def shard_whole(
     ((given, shard),) = splitting.prepare([model], given)
     groups = param_groups(model, given)
     maker = optimizer_maker(settings, given.optimizer, groups, context)
-    return wrapped(shard(make_partitioner(settings, context), maker, groups), settings, splitting.group)
+    sharded = shard(make_partitioner(settings, context), maker, groups)
+    recompute_blocks(sharded, settings, splitting.group)
+    return sharded
 
 
-def wrapped(sharded: Sharded, settings: Config, group: dist.ProcessGroup | None) -> Sharded:
+def recompute_blocks(sharded: Sharded, settings: Config, group: dist.ProcessGroup | None) -> None:
     """Have blocks recomputed, if the configuration says so; the ranks of ``group`` have the same activations."""
     section = settings.activation_checkpointing
     if section.blocks:
         # where no two ranks have the same activations, there is nothing to partition
         partition = section.partition_activations and group is not None
         sharded.wrap_blocks(Checkpointer(replace(section, partition_activations=partition), group))
-    return sharded
 
 
 # In the order in which they are built #

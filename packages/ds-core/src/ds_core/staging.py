@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ._control import make_control, together
 from .chunks import Chunks
-from .collaborators import Given, make_partitioner, make_pipelines, optimizer_maker, param_groups, wrapped
+from .collaborators import Given, make_partitioner, make_pipelines, optimizer_maker, param_groups, recompute_blocks
 from .pipeline_engine import Running
 from .process_group import message_device
 
@@ -121,7 +121,7 @@ def shard_stages(
         sharded[stage] = shard(partitioner, maker, groups if trains else [])
     pipe_control = make_control(axes.pipe, message_device(axes.pipe, context.device))
     chunks = Chunks(sharded, pipe_control, axes, num_micro_batches=settings.gradient_accumulation_steps)
-    wrapped(chunks, settings, splitting.group)
+    recompute_blocks(chunks, settings, splitting.group)
     pipeline = stages.connect(axes.pipe, StageVerbs(chunks), seed=settings.seed)
     running = Running(pipeline, axes, control, has_first=stages.has_first, has_last=stages.has_last)
     return chunks, running
